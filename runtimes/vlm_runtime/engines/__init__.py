@@ -1,0 +1,1 @@
+"""Engines: each file runs parts of a bundle; found by file name."""
