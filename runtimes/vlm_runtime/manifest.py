@@ -1,0 +1,244 @@
+"""manifest.json: what a bundle holds, as frozen values; `manifest.schema.json` says the same as JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from vlm_models.errors import BundleError, InputError
+from vlm_models.plain import from_plain, to_plain
+from vlm_models.spec import VLMSpec
+
+NAME = "manifest.json"
+PARTS = ("vision_encoder", "projector", "language_model")
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: SHA-256 in lower-case hex and size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model for one engine: the file the engine opens, all files it reads, its precision."""
+
+    graph: str
+    files: tuple[str, ...]
+    precision: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The embedding table: `rows` × `columns` numbers of `dtype`, row after row, little-endian, no header."""
+
+    file: str
+    dtype: Literal["F32", "F16", "BF16"]
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about a bundle. Paths are relative to its folder, with `/`; each one is a key of `files`.
+
+    `parts[part][engine]` says how an engine runs a part; `recipes[target]` and `parity[target]` are what it was built
+    with and how far it is from the checkpoint.
+    """
+
+    format: Literal["vlm-bundle"]
+    version: Literal[1]
+    created: str
+    spec: VLMSpec
+    max_context: int
+    embedding: Table
+    tokenizer: str
+    files: Mapping[str, FileEntry]
+    parts: Mapping[str, Mapping[str, Part]]
+    recipes: Mapping[str, str]
+    parity: Mapping[str, Any]
+    golden: str | None
+    tools: Mapping[str, str]
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The checked manifest of a bundle folder. Raises BundleError, one line, whatever is wrong with it."""
+    path = Path(folder) / NAME
+    data = _json(Path(folder), path)
+    if not isinstance(data, dict) or data.get("format") != "vlm-bundle":
+        raise BundleError(f'{path} is not a vlm-export manifest (no "format": "vlm-bundle"): export the model again')
+    version = data.get("version")
+    if type(version) is not int or version != 1:
+        got = _short(repr(version))
+        raise BundleError(f"{path} has version {got}, this vlm-export reads version 1: update it or export again")
+    try:
+        manifest = from_plain(Manifest, data, "manifest")
+    except (InputError, OverflowError, RecursionError) as error:
+        raise BundleError(f"{path}: {_short(str(error))}") from None
+    for problem in problems(manifest):
+        raise BundleError(f"{path}: {_short(problem)}")
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
+    """Write `manifest` into the folder, atomically; NaN and infinities in `parity` become null.
+
+    Raises BundleError for a manifest that `read_manifest` would refuse.
+    """
+    for problem in problems(manifest):
+        raise BundleError(f"cannot write {NAME}: {_short(problem)}")
+    data = to_plain(manifest)
+    data["parity"] = _finite(data["parity"])
+    path = Path(folder) / NAME
+    partial = path.with_name(f".{NAME}.partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path
+
+
+def problems(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a manifest beyond the types of its fields, one line each; nothing when it is sound."""
+    for name, entry in manifest.files.items():
+        if not safe_path(name):
+            yield f"file {name!r} does not stay inside the bundle: relative paths with '/' and without '..' only"
+        if not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
+            yield f"file {name!r} has no valid sha256: {entry.sha256!r}"
+        if entry.bytes < 0:
+            yield f"file {name!r} has a size of {entry.bytes} bytes"
+    if not manifest.tokenizer or manifest.golden == "":
+        yield "the tokenizer or golden file has an empty name"
+    for use, name in _references(manifest):
+        if name not in manifest.files:
+            yield f"{use} names {name!r}, which is not in 'files'"
+    yield from _part_problems(manifest)
+    yield from _table_problems(manifest)
+    yield from _spec_problems(manifest.spec)
+
+
+def safe_path(name: str) -> bool:
+    """Whether a path of a manifest is relative, normal and stays inside the folder, on every system."""
+    if not name or any(c in name for c in "\\:\0\n\r") or name.startswith("/") or name == NAME:
+        return False
+    return all(p not in ("", ".", "..") for p in name.split("/")) and str(PurePosixPath(name)) == name
+
+
+def _json(folder: Path, path: Path) -> Any:
+    try:
+        if not folder.is_dir():
+            raise BundleError(f"no such folder: {folder}")
+        if not path.is_file():
+            raise BundleError(f"{folder} is not a bundle: it has no {NAME}; make one with vlm-export")
+        if path.stat().st_size > _MAX_BYTES:
+            raise BundleError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: the bundle is damaged; export again")
+        return json.loads(path.read_bytes(), parse_constant=_not_finite, parse_float=_float)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise BundleError(f"{path} is not valid JSON ({_short(str(error))}): export again") from None
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(f"{_short(text)} is not a finite number")
+
+
+def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield "embedding", manifest.embedding.file
+    yield "tokenizer", manifest.tokenizer
+    if manifest.golden is not None:
+        yield "golden", manifest.golden
+    for name, engines in manifest.parts.items():
+        for engine, part in engines.items():
+            for file in (part.graph, *part.files):
+                yield f"{name} of engine {engine!r}", file
+
+
+def _part_problems(manifest: Manifest) -> Iterator[str]:
+    if set(manifest.parts) != set(PARTS):
+        yield f"parts are {', '.join(map(repr, manifest.parts)) or 'missing'}; a bundle has {', '.join(PARTS)}"
+    for name, engines in manifest.parts.items():
+        if not engines:
+            yield f"{name} has no engine that can run it"
+        for engine, part in engines.items():
+            if part.graph not in part.files:
+                yield f"{name} of engine {engine!r}: graph {part.graph!r} is not one of its files"
+
+
+def _table_problems(manifest: Manifest) -> Iterator[str]:
+    table, language = manifest.embedding, manifest.spec.language
+    if (table.rows, table.columns) != (language.vocab_size, language.hidden_size):
+        yield (
+            f"the embedding table is {table.rows} × {table.columns}, "
+            f"the language model needs {language.vocab_size} × {language.hidden_size}"
+        )
+    entry, size = manifest.files.get(table.file), table.rows * table.columns * ITEM_BYTES[table.dtype]
+    if entry is not None and entry.bytes != size:
+        yield (
+            f"{table.file} has {entry.bytes} bytes, but {table.rows} × {table.columns} numbers of {table.dtype} "
+            f"are {size} bytes"
+        )
+    if manifest.max_context < 1:
+        yield f"max_context is {manifest.max_context}; it must be positive"
+
+
+def _spec_problems(spec: VLMSpec) -> Iterator[str]:
+    pixels, prompt, language = spec.preprocess, spec.prompt, spec.language
+    positive = {
+        "vision.image_size": spec.vision.image_size,
+        "vision.image_tokens": spec.vision.image_tokens,
+        "vision.hidden_size": spec.vision.hidden_size,
+        "projector.in_features": spec.projector.in_features,
+        "language.vocab_size": language.vocab_size,
+        "language.hidden_size": language.hidden_size,
+        "language.layers": language.layers,
+        "language.kv_heads": language.kv_heads,
+        "language.head_dim": language.head_dim,
+        "preprocess.size": pixels.size,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            yield f"spec.{name} is {value}; it must be positive"
+    projector, width = spec.projector, spec.vision.feature_size
+    if projector.out_features != language.hidden_size:
+        yield f"the projector gives rows of {projector.out_features}, the language model takes {language.hidden_size}"
+    if projector.in_features != width:
+        yield f"the vision encoder gives rows of {width}, the projector takes {projector.in_features}"
+    if prompt.image_tokens != spec.vision.image_tokens:
+        yield f"prompt has {prompt.image_tokens} tokens a picture, the vision encoder {spec.vision.image_tokens}"
+    if not prompt.image_token or prompt.image_token_id < 0:
+        yield f"the image token is {prompt.image_token!r} with id {prompt.image_token_id}"
+    if 0.0 in pixels.std or pixels.crop < 0 or not 0 <= pixels.resample <= 5:
+        yield f"spec.preprocess cannot be: std {pixels.std}, crop {pixels.crop}, resample {pixels.resample}"
+    if not all(0 <= c <= 255 for c in pixels.pad_color):
+        yield f"spec.preprocess.pad_color is {pixels.pad_color}: three numbers of 0 to 255"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(text: str, limit: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
