@@ -1,0 +1,151 @@
+"""One linear layer, y = x Wᵀ + b, at any precision: its weights streamed into the data file, its nodes into the graph."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+from vlm_export.onnx.graph import MICROSOFT, Graph
+from vlm_models.errors import RecipeError
+from vlm_quant.affine import quantize_int4, quantize_int8, widen
+from vlm_quant.recipe import Precision
+
+CHUNK = 2048  # rows read, converted and written by one thread at a time
+_FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight matrix (rows, columns) = (out_features, in_features) that is read in row ranges when it is written."""
+
+    name: str
+    rows: int
+    columns: int
+    read: Callable[[int, int], NDArray[Any]]
+    bias: NDArray[np.float32] | None = None
+
+
+@dataclass
+class Tally:
+    """What became of the weights of one part: linear layers by precision, and those kept at another one and why."""
+
+    linears: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def details(self) -> dict[str, Any]:
+        """Plain values for `Part.details`."""
+        return {"linears": dict(self.linears), "kept": dict(self.kept)}
+
+
+class Linears:
+    """Emits the linear layers of one graph; layers that read the same x share its int8 rounding."""
+
+    def __init__(self, graph: Graph, precision: Precision) -> None:
+        self.graph, self.precision = graph, precision
+        self.tally = Tally()
+        self._rounded: dict[str, tuple[str, str, str]] = {}
+
+    def emit(self, x: str, weight: Weight, output: str, precision: Precision | None = None) -> str:
+        """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold."""
+        precision = precision or self.precision
+        self.tally.linears[str(precision)] += 1
+        if precision.weights == "int4":
+            return self._int4(x, weight, output, precision.group_size)
+        if precision.weights == "int8":
+            return self._int8(x, weight, output)
+        return self._float(x, weight, output, half=precision.weights == "fp16")
+
+    def _float(self, x: str, weight: Weight, output: str, *, half: bool) -> str:
+        dtype = np.float16 if half else np.float32
+        name = f"{weight.name}.weight"
+        region = self.graph.reserve(name, (weight.columns, weight.rows), dtype)
+
+        def write(start: int, rows: NDArray[Any]) -> None:
+            values = widen(rows)
+            if half:
+                _check_fp16(weight, values)
+            region.write_columns(start, values.T.astype(dtype))
+
+        _stream(weight, write)
+        if half:
+            name = self.graph.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT)
+        product = self.graph.node("MatMul", [x, name], output if weight.bias is None else f"{output}.product")
+        if weight.bias is None:
+            return product
+        return self.graph.node("Add", [product, self._bias(weight)], output)
+
+    def _int8(self, x: str, weight: Weight, output: str) -> str:
+        """The input rounded to uint8 as it comes, the products in integers, one scale an output channel."""
+        if x not in self._rounded:
+            names = (f"{x}.uint8", f"{x}.scale", f"{x}.zero")
+            self.graph.node("DynamicQuantizeLinear", [x], names)
+            self._rounded[x] = names
+        values = self.graph.reserve(f"{weight.name}.weight", (weight.columns, weight.rows), np.int8)
+        scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows,), np.float32)
+
+        def write(start: int, rows: NDArray[Any]) -> None:
+            quantized = quantize_int8(rows)
+            values.write_columns(start, quantized.values.T)
+            scales.write(start, quantized.scales)
+
+        _stream(weight, write)
+        rounded, scale, zero = self._rounded[x]
+        inputs = [rounded, f"{weight.name}.weight", scale, f"{weight.name}.scale", zero, "", self._bias(weight)]
+        return self.graph.node("MatMulIntegerToFloat", inputs, output, MICROSOFT)
+
+    def _int4(self, x: str, weight: Weight, output: str, group: int) -> str:
+        groups = -(-weight.columns // group)
+        packed = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, group // 2), np.uint8)
+        scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
+        zeros = self.graph.reserve(f"{weight.name}.zero", (weight.rows, (groups + 1) // 2), np.uint8)
+
+        def write(start: int, rows: NDArray[Any]) -> None:
+            quantized = quantize_int4(rows, group)
+            packed.write(start, quantized.packed)
+            scales.write(start, quantized.scales)
+            zeros.write(start, quantized.zero_points)
+
+        _stream(weight, write)
+        constants = [f"{weight.name}.{kind}" for kind in ("weight", "scale", "zero")]
+        return self.graph.node(
+            "MatMulNBits",
+            [x, *constants, "", self._bias(weight)],
+            output,
+            MICROSOFT,
+            K=weight.columns,
+            N=weight.rows,
+            bits=4,
+            block_size=group,
+            accuracy_level=4,
+        )
+
+    def _bias(self, weight: Weight) -> str:
+        return "" if weight.bias is None else self.graph.tensor(f"{weight.name}.bias", weight.bias)
+
+
+def _stream(weight: Weight, write: Callable[[int, NDArray[Any]], None]) -> None:
+    """Give `write` every row range of the weight, on all cores: numpy works outside the interpreter lock."""
+
+    def work(start: int, stop: int) -> None:
+        write(start, weight.read(start, stop))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for task in [pool.submit(work, *span) for span in _spans(weight.rows)]:
+            task.result()
+
+
+def _spans(rows: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+
+
+def _check_fp16(weight: Weight, values: NDArray[np.float32]) -> None:
+    largest = float(max(values.max(initial=0), -values.min(initial=0)))
+    if largest > _FP16_MAX:
+        raise RecipeError(f"weight {weight.name!r} reaches {largest:.3g}, beyond fp16: choose fp32 or int8 for its part")

@@ -1,0 +1,56 @@
+"""ONNX Runtime: three graphs, the language model's streamed from the checkpoint, the vision part's traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx import TensorProto
+from vlm_export.onnx.graph import Graph
+from vlm_export.onnx.language import Edge, OnnxLanguage
+#from vlm_export.onnx.trace import trace
+from vlm_export.target import Progress
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.language import walk
+from vlm_models.model import Model
+from vlm_models.spec import VLMSpec
+from vlm_quant.recipe import Precision, Recipe
+from vlm_runtime.manifest import Part
+
+ENGINE = "onnx"
+
+
+def requires(recipe: Recipe, spec: VLMSpec) -> None:
+    """Every precision is taken by every part."""
+
+
+def build(model: Model, recipe: Recipe, root: Path, *, max_context: int, progress: Progress) -> dict[str, Part]:
+    """Write root/onnx/{language_model,projector,vision_encoder}.onnx, one after the other to bound memory."""
+    folder = root / ENGINE
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = model.spec
+    parts = {}
+    parts["language_model"] = language_model(model.checkpoint, spec, recipe.language, folder, max_context, progress)
+    return parts
+
+
+def language_model(
+    checkpoint: Checkpoint, spec: VLMSpec, precision: Precision, folder: Path, max_context: int, progress: Progress
+) -> Part:
+    """The decoder with its head: embeddings (1, S, hidden) → logits of the last row (1, 1, vocab).
+
+    The KV cache of layer l is a pair of buffers (1, kv_heads, max_context, head_dim), given as
+    past_key_values.l.{key,value} and, the same buffers, as present.l.{key,value}.
+    """
+    with Graph(folder / "language_model.onnx", "language_model") as graph:
+        graph.input("inputs_embeds", TensorProto.FLOAT, (1, "rows", spec.language.hidden_size))
+        graph.input("seqlens_k", TensorProto.INT32, (1,))
+        graph.input("total_sequence_length", TensorProto.INT32, ())
+        emitter = OnnxLanguage(graph, checkpoint, spec.language, precision, max_context, progress)
+        emitter.finish(walk(spec.language, emitter, Edge("inputs_embeds")))
+        return _save(graph, spec, "language_model", precision, emitter.linear_layers.tally.details())
+
+
+def _save(graph: Graph, spec: VLMSpec, part: str, precision: Precision, details: dict[str, object]) -> Part:
+    graph.save({"vlm.fingerprint": spec.fingerprint, "vlm.part": part})
+    files = (f"{ENGINE}/{graph.path.name}", f"{ENGINE}/{graph.data_path.name}")
+    return Part(files[0], files, str(precision), {**details, "data_bytes": graph.size})

@@ -1,0 +1,89 @@
+"""Recipe: the precision of each part, read from and written as one short text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vlm_models.errors import RecipeError
+
+Weights = Literal["fp32", "fp16", "int8", "int4"]
+
+WEIGHTS: tuple[str, ...] = get_args(Weights)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+PARTS = {
+    "vision": "vision",
+    "vision_encoder": "vision",
+    "projector": "projector",
+    "language": "language",
+    "language_model": "language",
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the weights of one part are stored. `group_size` counts the weights that share one int4 scale."""
+
+    weights: Weights
+    group_size: int = 32
+
+    def __str__(self) -> str:
+        return f"int4:g{self.group_size}" if self.weights == "int4" else self.weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The precision of each of the three parts; `str` gives the text that `parse_recipe` reads."""
+
+    vision: Precision
+    projector: Precision
+    language: Precision
+
+    def __str__(self) -> str:
+        return f"vision={self.vision},projector={self.projector},language={self.language}"
+
+
+PRESETS = {
+    "fp32": Recipe(Precision("fp32"), Precision("fp32"), Precision("fp32")),
+    "fp16": Recipe(Precision("fp16"), Precision("fp16"), Precision("fp16")),
+    "int8": Recipe(Precision("int8"), Precision("fp16"), Precision("int8")),
+    "int4": Recipe(Precision("int8"), Precision("fp16"), Precision("int4")),
+}
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A Recipe from a preset ("int4") or a list ("language=int4:g128,vision=int8").
+
+    Parts left out of a list take fp16. Raises RecipeError naming what was given and what is allowed.
+    """
+    if text.strip() in PRESETS:
+        return PRESETS[text.strip()]
+    parts: dict[str, Precision] = {}
+    for item in text.split(","):
+        name, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals:
+            raise RecipeError(
+                f"unknown precision {text!r}: choose one of {', '.join(PRESETS)}, "
+                "or name parts as in 'language=int4:g32,vision=int8'"
+            )
+        if name not in PARTS:
+            raise RecipeError(f"unknown part {name!r} in precision {text!r}: choose of vision, projector, language")
+        if PARTS[name] in parts:
+            raise RecipeError(f"part {name!r} stands twice in precision {text!r}")
+        parts[PARTS[name]] = _precision(value, text)
+    rest = Precision("fp16")
+    return Recipe(parts.get("vision", rest), parts.get("projector", rest), parts.get("language", rest))
+
+
+def _precision(value: str, text: str) -> Precision:
+    weights, colon, group = value.partition(":")
+    if weights not in WEIGHTS:
+        raise RecipeError(f"unknown precision {value!r} in {text!r}: choose of {', '.join(WEIGHTS)}, int4:g64")
+    if not colon:
+        return Precision(weights)
+    sizes = {f"g{size}": size for size in GROUP_SIZES}
+    if weights != "int4" or group not in sizes:
+        raise RecipeError(
+            f"precision {value!r} in {text!r} has no such group: only int4 has groups, of {', '.join(sizes)}"
+        )
+    return Precision(weights, sizes[group])
