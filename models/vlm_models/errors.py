@@ -1,14 +1,14 @@
 """The error tree: every mistake a user can make is one of these, printed as one line.
 
-    VLMError                 exit code
-    ├── InputError               2      bad input or usage
-    │   ├── CheckpointError             a folder, config or tensor that cannot be a checkpoint
-    │   ├── ImageError                  not a picture, or one that is too large
-    │   ├── PromptError                 prompt and images do not fit each other, or the context
-    │   ├── RecipeError                 a precision that does not exist or that a target cannot take
-    │   └── BundleError                 a bundle that is damaged, incomplete or of another model
-    ├── CheckError               1      parity or another check failed
-    └── DependencyError          3      a needed SDK or device is missing
+VLMError                 exit code
+├── InputError               2      bad input or usage
+│   ├── CheckpointError             a folder, config or tensor that cannot be a checkpoint
+│   ├── ImageError                  not a picture, or one that is too large
+│   ├── PromptError                 prompt and images do not fit each other, or the context
+│   ├── RecipeError                 a precision that does not exist or that a target cannot take
+│   └── BundleError                 a bundle that is damaged, incomplete or of another model
+├── CheckError               1      parity or another check failed
+└── DependencyError          3      a needed SDK or device is missing
 """
 
 

@@ -56,7 +56,7 @@ class RopeSpec:
     theta: float
     dim: int
     type: Literal["default", "linear", "llama3", "yarn"] = "default"
-    scaling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scaling: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,8 @@
+"""CLIP vision tower: a class token before the patches."""
+
+from typing import Any
+
+
+def positions(config: Any) -> int:
+    """Rows of one hidden state."""
+    return int(config.image_size // config.patch_size) ** 2 + 1

@@ -1,0 +1,33 @@
+"""Families found by file name: `families/<model_type>.py`, the model_type that config.json names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from vlm_models import families
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.errors import CheckpointError
+from vlm_models.spec import VLMSpec
+
+
+def supported(role: str) -> list[str]:
+    """The model types that offer `role`: "spec" (whole checkpoints), "language" or "positions" (vision towers)."""
+    names = sorted(m.name for m in pkgutil.iter_modules(families.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{families.__name__}.{name}"), role)]
+
+
+def find(model_type: object, role: str, what: str) -> ModuleType:
+    """The family's module. Raises CheckpointError listing the supported ones."""
+    allowed = supported(role)
+    if model_type not in allowed:
+        raise CheckpointError(f"{what} {model_type!r} is not supported; supported are {', '.join(allowed)}")
+    return importlib.import_module(f"{families.__name__}.{model_type}")
+
+
+def read_spec(checkpoint: Checkpoint) -> VLMSpec:
+    """The checkpoint's VLMSpec. Raises CheckpointError where it is of no supported family or contradicts itself."""
+    family = find(checkpoint.config.get("model_type"), "spec", f"{checkpoint.folder}: model_type")
+    spec: VLMSpec = family.spec(checkpoint)
+    return spec

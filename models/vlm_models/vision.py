@@ -1,0 +1,101 @@
+"""Vision encoder and projector as modules: transformers' own tower, and LLaVA's two-layer MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.errors import CheckpointError
+from vlm_models.spec import VLMSpec
+from vlm_models.torch_language import ACTIVATIONS, as_float32
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values (N, 3, s, s) → image_features (N, image_tokens, feature_size), as LLaVA selects them."""
+
+    def __init__(self, tower: nn.Module, spec: VLMSpec) -> None:
+        super().__init__()
+        self.tower = tower
+        self.layers = spec.vision.feature_layers
+        self.drop = int(spec.vision.select_strategy == "default")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        return torch.cat([states[layer][:, self.drop :] for layer in self.layers], -1)
+
+
+class Projector(nn.Module):
+    """image_features (N, T, in_features) → image_embeds (N, T, out_features)."""
+
+    def __init__(self, spec: VLMSpec) -> None:
+        super().__init__()
+        p = spec.projector
+        self.linear_1 = nn.Linear(p.in_features, p.hidden_size, bias=p.bias)
+        self.linear_2 = nn.Linear(p.hidden_size, p.out_features, bias=p.bias)
+        self.activation = p.activation
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        return torch.as_tensor(self.linear_2(ACTIVATIONS[self.activation](self.linear_1(image_features))))
+
+
+def load_vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> VisionEncoder:
+    """The tower with the checkpoint's weights, float32, eval."""
+    encoder = VisionEncoder(_tower(checkpoint), spec)
+    _fill(encoder.tower, checkpoint, "vision_tower.")
+    return encoder.eval()
+
+
+def load_projector(checkpoint: Checkpoint, spec: VLMSpec) -> Projector:
+    """The projector with the checkpoint's weights, float32, eval."""
+    with torch.device("meta"):
+        projector = Projector(spec)
+    _fill(projector, checkpoint, "multi_modal_projector.")
+    return projector.eval()
+
+
+def required(checkpoint: Checkpoint, spec: VLMSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that tower and projector need of the checkpoint."""
+    with torch.device("meta"):
+        parts = {"vision_tower.": _tower(checkpoint), "multi_modal_projector.": Projector(spec)}
+    return {
+        prefix + name: tuple(tensor.shape)
+        for prefix, module in parts.items()
+        for name, tensor in module.state_dict().items()
+        if not _unused(name)
+    }
+
+
+def _tower(checkpoint: Checkpoint) -> nn.Module:
+    """transformers' module on the meta device; its config class decides which."""
+    from transformers import AutoModel, LlavaConfig
+
+    config = LlavaConfig.from_dict(dict(checkpoint.config)).vision_config
+    auto: Any = AutoModel
+    with torch.device("meta"):
+        tower: nn.Module = auto.from_config(config, attn_implementation="sdpa")
+    return tower
+
+
+def _unused(name: str) -> bool:
+    """SigLIP's pooling head and the norm before pooling never reach LLaVA; many checkpoints leave them out."""
+    return name.startswith(("head.", "post_layernorm."))
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if prefix + name in checkpoint:
+            state[name] = as_float32(checkpoint, prefix + name)
+            checkpoint.release(prefix + name)
+        elif _unused(name):
+            state[name] = torch.zeros(tensor.shape)
+        else:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {prefix + name!r} is missing")
+    module.load_state_dict(state, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta and name.endswith("position_ids"):
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
