@@ -1,0 +1,133 @@
+"""`vlm-export`: the function `export`, its keywords as flags."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlm_export.export import export
+from vlm_export.table import Stages, parity_table, size
+from vlm_models.command import run
+from vlm_models.errors import BundleError, CheckError
+from vlm_runtime.manifest import Manifest, read_manifest
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+_HELP = """Export a trained LLaVA checkpoint to a bundle that runs on a device, and check it against the checkpoint.
+
+The bundle is a folder: the vision encoder, the projector and the language model for each target, with tokenizer,
+embedding table and manifest.json. Afterwards every stage of it, from pixels to 32 words of the answer, is compared with
+the checkpoint; a table shows how far apart they are, and the exit code is 1 when that is too far.
+
+**Examples**
+
+* `vlm-export llava-1.5-7b-hf --target onnx -o llava-onnx` (a folder or a hub id)
+* `vlm-export ./checkpoint --target onnx -o small --precision int4`
+* `vlm-export ./checkpoint --target onnx -o mixed --precision language=int4:g128,vision=int8`
+* then: `vlm-run llava-onnx --image cat.png "What is this?"`
+
+**Exit codes:** 0 done; 1 written, but too far from the checkpoint; 2 bad input, nothing written;
+3 a needed package is missing.
+"""
+
+
+@app.command(help=_HELP, no_args_is_help=True)
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="The model: a Hugging Face folder with config.json, or a hub id like org/model.")
+    ],
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", help="What to export to (onnx); repeat for several in one bundle.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="A new folder, or a bundle of the same checkpoint that gets the target too."
+        ),
+    ],
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, int4, or by part: language=int4:g128,vision=int8,projector=fp16.")
+    ] = "fp16",
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            show_default="the model's, up to 4096",
+            help="Positions of prompt and answer together; one picture takes 576 in LLaVA-1.5.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Compare the bundle with the checkpoint (minutes for large models)."),
+    ] = True,
+    greedy_tokens: Annotated[int, typer.Option(help="Tokens of the answer to compare.")] = 32,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+) -> None:
+    console, began = Console(stderr=True), time.perf_counter()
+    missed: CheckError | None = None
+    with Stages(console, shown=not (as_json or quiet)) as stages:
+        try:
+            manifest = export(
+                checkpoint,
+                target,
+                output,
+                precision=precision,
+                max_context=max_context,
+                check=check,
+                greedy_tokens=greedy_tokens,
+                progress=stages,
+            )
+        except CheckError as error:
+            missed, manifest = error, _written(output, target, error)
+    seconds = {**stages.seconds, "total": round(time.perf_counter() - began, 3)}
+    if as_json:
+        typer.echo(json.dumps(_report(output, manifest, target, seconds)))
+    elif not quiet:
+        _show(Console(), output, manifest, target, seconds)
+    if missed is not None:
+        raise missed
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run(app)
+
+
+def _written(output: Path, targets: list[str], error: CheckError) -> Manifest:
+    """The manifest of a bundle that missed parity; raises `error` again where nothing was written."""
+    try:
+        manifest = read_manifest(output.expanduser())
+    except BundleError:
+        raise error from None
+    if any(target not in manifest.parity for target in targets):
+        raise error
+    return manifest
+
+
+def _report(output: Path, manifest: Manifest, targets: list[str], seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "output": str(output.absolute()),
+        "targets": targets,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+        "seconds": seconds,
+        "parity": {name: manifest.parity.get(name) for name in targets},
+    }
+
+
+def _show(console: Console, output: Path, manifest: Manifest, targets: list[str], seconds: dict[str, float]) -> None:
+    for name in targets:
+        if name in manifest.parity:
+            console.print(parity_table(name, manifest.parity[name]))
+        else:
+            console.print(f"{name}: parity: not measured")
+    total = sum(entry.bytes for entry in manifest.files.values())
+    recipe = ", ".join(f"{name}: {manifest.recipes[name]}" for name in targets)
+    console.print(f"{output}  {size(total)}, {recipe}, {seconds['total']:.0f} s", highlight=False, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""The line: checkpoint → model → targets → bundle → parity. `export` is the command `vlm-export`."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export import golden, parity, preflight, shared, write
+from vlm_export.reference import compute_reference, prompt_ids
+from vlm_export.target import Progress, Target, find_target, silent
+from vlm_models.errors import CheckError, InputError
+from vlm_quant.recipe import Recipe, parse_recipe
+from vlm_runtime.bundle import Bundle
+from vlm_runtime.manifest import Manifest, Part
+
+if TYPE_CHECKING:
+    from vlm_models.model import Model
+
+_TOOLS = ("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+
+
+def export(
+    checkpoint: str | Path,
+    targets: str | Sequence[str],
+    output: str | Path,
+    *,
+    precision: str = "fp16",
+    max_context: int | None = None,
+    check: bool = True,
+    greedy_tokens: int = 32,
+    progress: Progress = silent,
+) -> Manifest:
+    """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
+
+    `checkpoint`: a Hugging Face folder or hub id. `output`: a new folder, or a bundle of the same checkpoint to which
+    targets are added. `precision`: "fp32", "fp16", "int8", "int4" or parts as in "language=int4:g128,vision=int8".
+    `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
+    `greedy_tokens` tokens beside the checkpoint. `progress(stage, done, of)` is called all along.
+
+    Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
+    then written all the same, with `passed: false` in its manifest.
+    """
+    chosen = {name: find_target(name) for name in ([targets] if isinstance(targets, str) else targets)}
+    recipe, output = parse_recipe(precision), Path(output).expanduser()
+    model = _load(checkpoint, output, chosen)
+    for target in chosen.values():
+        target.requires(recipe, model.spec)
+    base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
+    context = base.max_context if base else preflight.context_of(model.spec, max_context)
+    prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
+    preflight.disk(output, preflight.bytes_needed(model.checkpoint, model.spec, recipe, list(chosen), base is not None))
+    preflight.finite(model.checkpoint, progress)
+
+    with write.draft(output) as folder:
+        manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
+        for name, target in chosen.items():
+            parts = target.build(model, recipe, folder, max_context=context, progress=progress)
+            manifest = _with_target(manifest, name, target.ENGINE, parts, recipe)
+        if check:
+            manifest = _checked(model, manifest, folder, chosen, recipe, prompt, greedy_tokens, progress)
+        new = write.files_in(folder) - set(manifest.files)
+        manifest = replace(manifest, files={**manifest.files, **write.hash_files(folder, new, progress)})
+        write.publish(folder, output, manifest)
+    for name in chosen if check else ():
+        if (problem := parity.failure(manifest.parity[name], recipe)) is not None:
+            raise CheckError(f"{problem} (the bundle is written to {output})")
+    return manifest
+
+
+def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) -> Model:
+    from vlm_models.model import load_model
+
+    if not chosen:
+        raise InputError("no target given: name at least one")
+    if Path(checkpoint).expanduser().is_dir():
+        write.check_output(output, Path(checkpoint).expanduser())
+    model = load_model(checkpoint)
+    write.check_output(output, model.checkpoint.folder)
+    return model
+
+
+def _golden_prompt(model: Model, context: int, tokens: int) -> str:
+    """The prompt of the check, which must fit the context together with its answer."""
+    prompt = golden.prompt(model.spec.prompt)
+    rows = len(prompt_ids(model, prompt))
+    if tokens < 1:
+        raise InputError(f"greedy tokens {tokens} cannot be: the check needs at least 1 (or --no-check)")
+    if rows + tokens > context:
+        raise InputError(
+            f"max context {context} is too short for the check, a prompt of {rows} and {tokens} greedy tokens; "
+            f"raise --max-context, lower --greedy-tokens, or give --no-check"
+        )
+    return prompt
+
+
+def _with_shared(model: Model, context: int, folder: Path, progress: Progress) -> Manifest:
+    """A manifest of no target yet, with the files that all targets share."""
+    return Manifest(
+        format="vlm-bundle",
+        version=1,
+        created=_now(),
+        spec=model.spec,
+        max_context=context,
+        embedding=shared.write_embedding(model.checkpoint, model.spec, folder, progress),
+        tokenizer=shared.write_tokenizer(model.checkpoint, folder),
+        files={},
+        parts={},
+        recipes={},
+        parity={},
+        golden=None,
+        tools=_tools(),
+    )
+
+
+def _with_base(base: Manifest, output: Path, folder: Path) -> Manifest:
+    """The manifest of the bundle at `output`, its files put into `folder`."""
+    write.reuse(output, base.files, folder)
+    return replace(base, created=_now(), tools=_tools())
+
+
+def _with_target(manifest: Manifest, target: str, engine: str, parts: Mapping[str, Part], recipe: Recipe) -> Manifest:
+    known = manifest.parts
+    return replace(
+        manifest,
+        parts={**known, **{name: {**known.get(name, {}), engine: part} for name, part in parts.items()}},
+        recipes={**manifest.recipes, target: str(recipe)},
+    )
+
+
+def _checked(
+    model: Model,
+    manifest: Manifest,
+    folder: Path,
+    chosen: Mapping[str, Target],
+    recipe: Recipe,
+    prompt: str,
+    tokens: int,
+    progress: Progress,
+) -> Manifest:
+    """The manifest with the parity of each target, and the golden vectors beside it."""
+    bundle, picture = Bundle(folder.resolve(), manifest), golden.write_picture(folder)
+    runners = {name: parity.Runner(bundle, target.ENGINE, picture, prompt) for name, target in chosen.items()}
+    draft = next(iter(runners.values())).draft
+    reference = compute_reference(model, picture, prompt, tokens=tokens, draft=draft, progress=progress)
+    measured: dict[str, Any] = {
+        name: parity.measure(runner, reference, recipe, progress) for name, runner in runners.items()
+    }
+    if manifest.golden is None:
+        golden.write_vectors(folder, reference)
+    return replace(manifest, golden=golden.VECTORS, parity={**manifest.parity, **measured})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what the bundle was made with."""
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

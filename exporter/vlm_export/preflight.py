@@ -1,0 +1,121 @@
+"""Looked at before anything is written: is every weight finite, is there room on the disk, does the context fit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.table import size
+from vlm_export.target import Progress, silent
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.errors import CheckpointError, InputError
+from vlm_models.spec import VLMSpec
+from vlm_quant.recipe import Precision, Recipe
+from vlm_runtime.manifest import ITEM_BYTES
+
+DEFAULT_CONTEXT = 4096
+_EMBEDDING = "language_model.embed_tokens.weight"
+_BLOCK = 1 << 17  # numbers looked at in one go: they stay in the second-level cache
+_ROWS = 1 << 25  # numbers after which the progress moves
+_MARGIN = 1.02
+# Bit pattern of +infinity: every NaN and infinity has at least these bits below its sign.
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+
+
+def context_of(spec: VLMSpec, max_context: int | None) -> int:
+    """How many positions to export: `max_context`, by default what the model was made for, up to 4096."""
+    limit = spec.language.max_positions
+    context = min(limit, DEFAULT_CONTEXT) if max_context is None else max_context
+    if not 0 < context <= limit:
+        raise InputError(f"max context {context} cannot be: this model takes 1 to {limit} positions")
+    if context <= spec.prompt.image_tokens:
+        raise InputError(
+            f"max context {context} leaves no room for a question: "
+            f"one picture takes {spec.prompt.image_tokens} positions"
+        )
+    return context
+
+
+def finite(checkpoint: Checkpoint, progress: Progress = silent) -> None:
+    """Raise CheckpointError naming the first tensor that holds NaN or infinity. Reads every weight once."""
+    names = checkpoint.names()
+    total = sum(math.prod(checkpoint.shape(name)) for name in names)
+    done = 0
+
+    def check(name: str) -> bool:
+        nonlocal done
+        array = checkpoint.rows(name).reshape(-1)
+        bits = array.view(np.uint32 if checkpoint.dtype(name) == "F32" else np.uint16)
+        for start in range(0, len(bits), _ROWS):
+            block = bits[start : start + _ROWS]
+            if not _finite(block, _INFINITY[checkpoint.dtype(name)]):
+                return False
+            done += len(block)
+            progress("weights", min(done, total), total)
+        checkpoint.release(name)
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        bad = [name for name, ok in zip(names, pool.map(check, names), strict=True) if not ok]
+    if bad:
+        more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {bad[0]!r} holds NaN or infinity{more}; train or save it again"
+        )
+    progress("weights", total, total)
+
+
+def _finite(bits: npt.NDArray[Any], infinity: int) -> bool:
+    """As signed numbers the positive NaNs come last, as unsigned numbers the negative ones."""
+    sign = 1 << (8 * bits.itemsize - 1)
+    signed = bits.view(f"i{bits.itemsize}")
+    for start in range(0, len(bits), _BLOCK):
+        stop = start + _BLOCK
+        if signed[start:stop].max() >= infinity or bits[start:stop].max() >= (sign | infinity):
+            return False
+    return True
+
+
+def disk(output: Path, needed: int) -> None:
+    """Raise InputError when the disk of `output` has fewer bytes free than an export needs."""
+    place = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(f"the export needs {size(needed)} in {place}, which has {size(free)} free; choose another -o")
+
+
+def bytes_needed(checkpoint: Checkpoint, spec: VLMSpec, recipe: Recipe, targets: Sequence[str], shared: bool) -> int:
+    """Bytes that an export will write: each target's parts, and the shared files unless they are there already."""
+    precisions = {
+        "vision_tower": recipe.vision,
+        "multi_modal_projector": recipe.projector,
+        "language_model": recipe.language,
+        "lm_head": recipe.language,
+    }
+    part = 0.0
+    for name in checkpoint.names():
+        precision = precisions.get(name.split(".", 1)[0])
+        if precision is not None and (name != _EMBEDDING or spec.language.tied):
+            part += math.prod(checkpoint.shape(name)) * bytes_per_weight(precision)
+    table = spec.language.vocab_size * spec.language.hidden_size * ITEM_BYTES[checkpoint.dtype(_EMBEDDING)]
+    return math.ceil(_MARGIN * (part * len(targets) + (0 if shared else table + _golden_bytes(spec))))
+
+
+def bytes_per_weight(precision: Precision) -> float:
+    """Bytes on disk of one weight, scales and zero points included."""
+    if precision.weights == "int4":
+        return 0.5 + 4.5 / precision.group_size
+    return {"fp32": 4.0, "fp16": 2.0, "int8": 1.1}[precision.weights]
+
+
+def _golden_bytes(spec: VLMSpec) -> int:
+    rows = spec.vision.image_tokens
+    numbers = 3 * spec.preprocess.size**2 + rows * (spec.vision.feature_size + 3 * spec.language.hidden_size)
+    return 4 * (numbers + spec.language.vocab_size) + (1 << 20)

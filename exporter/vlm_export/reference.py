@@ -1,0 +1,220 @@
+"""What the checkpoint itself computes: transformers' own processor, tower and projector, and the torch decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vlm_export.target import Progress, silent
+from vlm_models.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlm_models.model import Model
+    from vlm_models.torch_language import TorchLanguage
+
+Floats = npt.NDArray[np.float32]
+Draft = Callable[[Sequence[int], int], Sequence[int]]
+"""draft(tokens, n): a guess of the n greedy tokens after the prompt and `tokens`; wrong guesses cost time only."""
+
+_EMBEDDING = "language_model.embed_tokens.weight"
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The checkpoint's own numbers for one picture and one prompt, all float32.
+
+    `prompt_ids` (S) have the image token repeated; `pixel_values` (3,s,s), `image_features` (T,F), `image_embeds`
+    (T,H), `inputs_embeds` (S,H); `logits` (N,V): row i predicts `greedy[i]` after the prompt and `greedy[:i]`.
+    End-of-text tokens do not end `greedy`. `how` says in words how it was computed.
+    """
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    pixel_values: Floats
+    image_features: Floats
+    image_embeds: Floats
+    inputs_embeds: Floats
+    logits: Floats
+    greedy: tuple[int, ...]
+    how: str
+
+
+def compute_reference(
+    model: Model,
+    picture: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    draft: Draft | None = None,
+    keep: bool | None = None,
+    progress: Progress = silent,
+) -> Reference:
+    """Run the checkpoint on the file `picture` and `prompt` and decode `tokens` greedy tokens.
+
+    `keep` holds the decoder's weights in memory as float32; by default where they fit in half of the free memory.
+    Else every pass streams them from disk, and greedy decoding verifies the tokens of `draft` many at a time: four
+    passes at most, so that fewer than `tokens` may come out.
+    """
+    import torch
+
+    steps = tokens + 3
+    ids = prompt_ids(model, prompt)
+    pixels = pixel_values(model, Image.open(picture).convert("RGB"))
+    progress("reference", 1, steps)
+    with torch.inference_mode():
+        features = model.vision_encoder()(torch.from_numpy(pixels)[None])
+        progress("reference", 2, steps)
+        rows = model.projector()(features)[0]
+        embeds = spliced(model, ids, rows)
+        progress("reference", 3, steps)
+        kept = fits_in_memory(model) if keep is None else keep
+        language = model.language_model(keep=kept)
+
+        def embed(of: Sequence[int]) -> Tensor:
+            return looked_up(model, of)
+
+        def reached(count: int) -> None:
+            progress("reference", 3 + count, steps)
+
+        if kept:
+            logits, greedy = decode(language, embeds, embed, tokens, reached)
+        else:
+            logits, greedy = decode_drafts(language, embeds, embed, tokens, draft, reached)
+    progress("reference", steps, steps)
+    how = f"torch float32, weights {'in memory' if kept else 'streamed'}, {len(greedy)} of {tokens} greedy tokens"
+    return Reference(
+        prompt=prompt,
+        prompt_ids=tuple(ids),
+        pixel_values=pixels,
+        image_features=features[0].numpy(),
+        image_embeds=rows.numpy(),
+        inputs_embeds=embeds.numpy(),
+        logits=logits.numpy(),
+        greedy=tuple(greedy),
+        how=how,
+    )
+
+
+def pixel_values(model: Model, picture: Image.Image) -> Floats:
+    """(3, s, s) by the checkpoint's own image processor."""
+    from vlm_models.processor import image_processor
+
+    pixels = image_processor(model.checkpoint)(images=picture, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(np.asarray(pixels, np.float32)[0])
+
+
+def prompt_ids(model: Model, prompt: str) -> list[int]:
+    """The prompt's token ids by transformers' tokenizer, each image token repeated for every row of the picture."""
+    from transformers import AutoTokenizer
+
+    folder, spec = model.checkpoint.folder, model.spec.prompt
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from error
+    written = spec.bos_token is not None and prompt.startswith(spec.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=not written)["input_ids"]
+    return [i for t in ids for i in ([t] * spec.image_tokens if t == spec.image_token_id else [t])]
+
+
+def looked_up(model: Model, ids: Sequence[int]) -> Tensor:
+    """Embedding rows (n, H) of the checkpoint, float32, with the family's multiplier."""
+    import torch
+
+    from vlm_models.torch_language import as_float32
+
+    rows = [as_float32(model.checkpoint, _EMBEDDING, i, i + 1) for i in ids]
+    return torch.cat(rows) * model.spec.language.embed_multiplier
+
+
+def spliced(model: Model, ids: Sequence[int], rows: Tensor) -> Tensor:
+    """The prompt's embeddings (S, H) with the picture's rows (T, H) at the image tokens, as transformers does it."""
+    import torch
+
+    at = torch.tensor(ids) == model.spec.prompt.image_token_id
+    text = looked_up(model, [0 if image else i for i, image in zip(ids, at.tolist(), strict=True)])
+    return text.masked_scatter(at[:, None], rows)
+
+
+def decode(
+    language: TorchLanguage,
+    embeds: Tensor,
+    embed: Callable[[Sequence[int]], Tensor],
+    tokens: int,
+    reached: Callable[[int], None],
+) -> tuple[Tensor, list[int]]:
+    """Plain greedy decoding: logits (tokens, V) and the tokens."""
+    import torch
+
+    rows, greedy = [language.forward(embeds)[0]], []
+    while True:
+        greedy.append(int(rows[-1].argmax()))
+        reached(len(greedy))
+        if len(greedy) == tokens:
+            return torch.stack(rows), greedy
+        rows.append(language.forward(embed(greedy[-1:]))[0])
+
+
+def decode_drafts(
+    language: TorchLanguage,
+    embeds: Tensor,
+    embed: Callable[[Sequence[int]], Tensor],
+    tokens: int,
+    draft: Draft | None,
+    reached: Callable[[int], None],
+    passes: int = _PASSES,
+) -> tuple[Tensor, list[int]]:
+    """The same tokens as `decode`, or the first of them, in at most `passes` passes over the weights.
+
+    A pass runs the drafted tokens at once and keeps those that greedy decoding would have picked, and one more.
+    """
+    import torch
+
+    rows: list[Tensor] = []
+    greedy: list[int] = []
+    pending = embeds  # rows that the KV cache has not seen
+    for _ in range(passes):
+        guess = list(draft(tuple(greedy), tokens - len(greedy) - 1)) if draft is not None else []
+        block = torch.cat([pending, embed(guess)]) if guess else pending
+        logits = language.forward(block, last_row=not guess)[-1 - len(guess) :]
+        for row, guessed in zip(logits, [*guess, None], strict=True):
+            rows.append(row.clone())
+            greedy.append(int(row.argmax()))
+            if greedy[-1] != guessed:
+                break
+        reached(len(greedy))
+        if len(greedy) >= tokens:
+            break
+        language.rewind(embeds.shape[0] + len(greedy) - 1)
+        pending = embed(greedy[-1:])
+    return torch.stack(rows[:tokens]), greedy[:tokens]
+
+
+def fits_in_memory(model: Model) -> bool:
+    """Whether the decoder's weights as float32 take at most half of the memory that is free now."""
+    names = [n for n in model.checkpoint.names() if n.startswith(("language_model.", "lm_head."))]
+    return 4 * sum(math.prod(model.checkpoint.shape(n)) for n in names) <= available_memory() // 2
+
+
+def available_memory() -> int:
+    """Bytes that new work can take without swapping (Linux), or half of what is built in (elsewhere)."""
+    import os
+
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    if hasattr(os, "sysconf"):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    return 8 << 30

@@ -1,0 +1,38 @@
+"""What all targets of a bundle share: the embedding table and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from vlm_export.target import Progress
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.processor import tokenizer_json
+from vlm_models.spec import VLMSpec
+from vlm_runtime.manifest import Table
+
+EMBEDDING = "embedding.bin"
+TOKENIZER = "tokenizer.json"
+_TENSOR = "language_model.embed_tokens.weight"
+_BLOCK = 64 << 20  # bytes written at a time
+
+
+def write_embedding(checkpoint: Checkpoint, spec: VLMSpec, folder: Path, progress: Progress) -> Table:
+    """embedding.bin: the table's rows as they are in the checkpoint, in its own dtype, little-endian, no header."""
+    rows, columns = spec.language.vocab_size, spec.language.hidden_size
+    step = max(1, _BLOCK // (columns * 4))
+    with (folder / EMBEDDING).open("wb") as file:
+        for start in range(0, rows, step):
+            block = np.ascontiguousarray(checkpoint.rows(_TENSOR, start, min(start + step, rows)))
+            file.write(block.view(np.uint8).data)
+            progress("embedding", min(start + step, rows), rows)
+    checkpoint.release(_TENSOR)
+    return Table(EMBEDDING, cast(Any, checkpoint.dtype(_TENSOR)), rows, columns)
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str:
+    """tokenizer.json: the checkpoint's own, or as transformers converts it where it has only an older form."""
+    (folder / TOKENIZER).write_text(tokenizer_json(checkpoint), "utf-8", newline="\n")
+    return TOKENIZER

@@ -1,0 +1,81 @@
+"""What the console shows: one progress bar per stage, and the parity table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vlm_export.parity import missed
+
+_METRICS = ("cosine", "max_abs", "relative_l2", "kl", "top1")
+
+
+class Stages:
+    """A bar for each stage that reports progress; `seconds` is how long each took. Use as a context manager."""
+
+    def __init__(self, console: Console, shown: bool) -> None:
+        columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, disable=not shown, refresh_per_second=4)
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Stages:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=of)
+            self._started[stage] = time.perf_counter()
+        self.seconds[stage] = round(time.perf_counter() - self._started[stage], 3)
+        self._bars.update(self._tasks[stage], completed=done, total=of)
+
+
+def parity_table(target: str, parity: Mapping[str, Any]) -> Table:
+    """Stages down, metrics across; thresholds in brackets, red where one is missed."""
+    table = Table(title=f"{target}: the bundle against the checkpoint", title_justify="left", caption_justify="left")
+    table.add_column("stage")
+    for metric in _METRICS:
+        table.add_column(metric.replace("_", " "), justify="right")
+    table.add_column("")
+    for stage, numbers in parity["stages"].items():
+        bad = missed(numbers)
+        cells = [_cell(numbers, metric, metric in bad) for metric in _METRICS]
+        table.add_row(stage, *cells, "[red]failed[/]" if bad else "[green]ok[/]")
+    greedy = parity["greedy"]
+    table.caption = f"greedy tokens equal: {greedy['equal']} of {greedy['of']}; reference: {parity['reference']}"
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _cell(numbers: Mapping[str, Any], metric: str, bad: bool) -> str:
+    if metric not in numbers:
+        return ""
+    value = numbers[metric]
+    text = "not a number" if value is None or value != value else _digits(metric, value)
+    limit = numbers["threshold"].get(metric)
+    if limit is not None:
+        text += f" ({'≥' if metric in ('cosine', 'top1') else '≤'} {limit:g})"
+    return f"[red]{text}[/]" if bad else text
+
+
+def _digits(metric: str, value: float) -> str:
+    return f"{value:.6f}" if metric == "cosine" else f"{value:.0%}" if metric == "top1" else f"{value:.2g}"
