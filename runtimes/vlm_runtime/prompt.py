@@ -1,0 +1,275 @@
+"""From a conversation to token ids: the checkpoint's chat template in a sandbox, its tokenizer, the image tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vlm_models.errors import BundleError, PromptError
+from vlm_models.spec import PromptSpec
+from vlm_runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]  # {"role": str, "content": str or a list of {"type": "image"} and {"type": "text", "text"}}
+
+MAX_RENDERED = 4_000_000  # characters of one rendered conversation
+_DUMPED = "'type':"  # a list of parts written out as Python shows it, by a template that takes text only
+
+
+class Tokenizer:
+    """The checkpoint's tokenizer, equal to transformers' own on the same text."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Read the tokenizer of `bundle`. Raises BundleError when it cannot, or does not know the image token."""
+        import tokenizers
+
+        path, prompt = bundle.path(bundle.manifest.tokenizer), bundle.spec.prompt
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise BundleError(f"{path} is not a tokenizer ({_line(error)}): export again") from None
+        known = self._tokenizer.token_to_id(prompt.image_token)
+        if known != prompt.image_token_id:
+            raise BundleError(
+                f"{path} gives {prompt.image_token!r} the id {known}, the model takes {prompt.image_token_id}: "
+                "tokenizer and model do not belong together"
+            )
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if known not in self._tokenizer.get_added_tokens_decoder():  # else it would be cut into pieces
+            self._tokenizer.add_special_tokens([tokenizers.AddedToken(prompt.image_token, normalized=False)])
+        self._bos = prompt.bos_token
+
+    def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids of `text`, with the special tokens of the tokenizer unless the text starts with BOS itself.
+
+        That is what transformers does with a rendered conversation. Raises PromptError for text that is not Unicode.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not (self._bos and text.startswith(self._bos))
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # a lone surrogate: UnicodeEncodeError or TypeError, by version
+            raise PromptError(f"the prompt cannot be tokenized ({_line(error)}): is it valid UTF-8?") from None
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; U+FFFD stands for bytes that are not (yet) a character."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def user_message(text: str, images: int, prompt: PromptSpec) -> dict[str, Any]:
+    """A user's turn with `images` pictures: where `text` holds the image token, else before the text.
+
+    Raises PromptError when the text holds it more or less often than there are pictures.
+    """
+    pieces = text.split(prompt.image_token)
+    if len(pieces) == 1:
+        text_parts = [{"type": "text", "text": text}] if text or not images else []
+        return {"role": "user", "content": [{"type": "image"}] * images + text_parts}
+    _check_count(len(pieces) - 1, images, prompt)
+    parts: list[dict[str, str]] = []
+    leading = True  # the space around pictures that come before any text is the template's to write
+    for i, piece in enumerate(pieces):
+        if i:
+            parts.append({"type": "image"})
+        if leading and (i or not piece.strip()):
+            piece = piece.lstrip()
+        leading = leading and not piece
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return {"role": "user", "content": parts}
+
+
+def render(messages: Sequence[Message], prompt: PromptSpec, *, add_generation_prompt: bool = True) -> str:
+    """The conversation as text, by the checkpoint's template, or as LLaVA-1.5 writes it where there is none.
+
+    Raises PromptError, one line, for a message that is not one and for whatever the template raises.
+    """
+    for message in messages:
+        _check_message(message)
+    if prompt.chat_template is None:
+        return _llava(messages, prompt, add_generation_prompt)
+    form = _form(prompt)
+    return _run([form.fit(m, prompt.image_token) for m in messages], prompt, add_generation_prompt)
+
+
+def expand(ids: Sequence[int], prompt: PromptSpec, images: int) -> list[int]:
+    """`ids` with each image token repeated `prompt.image_tokens` times.
+
+    Raises PromptError when there are more or fewer image tokens than `images`.
+    """
+    index = np.asarray(ids, dtype=np.int64).reshape(-1)
+    is_image = index == prompt.image_token_id
+    _check_count(int(np.count_nonzero(is_image)), images, prompt)
+    expanded: list[int] = np.repeat(index, np.where(is_image, prompt.image_tokens, 1)).tolist()
+    return expanded
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a template takes: which roles as a list of parts, and where it writes a user's pictures."""
+
+    lists: frozenset[str]
+    images: Literal["in place", "first", "as text"]
+
+    def fit(self, message: Message, image_token: str) -> dict[str, Any]:
+        """`message` as this template takes it."""
+        role, content = message["role"], message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        if role not in self.lists:
+            return {**message, "content": _flat(parts, image_token)}
+        kinds = [p["type"] for p in parts]
+        if self.images == "first" and "image" in kinds[kinds.index("text") if "text" in kinds else len(kinds) :]:
+            parts = [{"type": "text", "text": _flat(parts, image_token)}]
+        return {**message, "content": parts}
+
+
+@functools.lru_cache(maxsize=16)
+def _form(prompt: PromptSpec) -> _Form:
+    """Find out by trying what the template of `prompt` does with text, image, text in one message."""
+    before, after, token = "vlmbefore", "vlmafter", prompt.image_token
+    text, image, last = {"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}
+    lists, images = set(), "as text"
+    for parts in ([text, image, last], [image, last]):
+        out = _try([{"role": "user", "content": parts}], prompt)
+        if out.count(token) == 1 and after in out and (text not in parts or before in out) and _DUMPED not in out:
+            lists.add("user")
+            in_place = text in parts and out.index(before) < out.index(token) < out.index(after)
+            images = "in place" if in_place else "first"
+            break
+    user = {"role": "user", "content": [last] if lists else after}
+    for role in ("system", "assistant"):
+        taken = []
+        for content in ([text], before):
+            message = {"role": role, "content": content}
+            out = _try([message, user] if role == "system" else [user, message], prompt)
+            taken.append(before in out and _DUMPED not in out)
+        if taken[0] and (lists or not taken[1]):
+            lists.add(role)
+    return _Form(frozenset(lists), images)  # type: ignore[arg-type]
+
+
+def _try(messages: Sequence[Message], prompt: PromptSpec) -> str:
+    try:
+        return _run(messages, prompt, add_generation_prompt=False)
+    except PromptError:
+        return ""
+
+
+def _run(messages: Sequence[Message], prompt: PromptSpec, add_generation_prompt: bool) -> str:
+    tokens = {"bos_token": prompt.bos_token, "eos_token": prompt.eos_token, "image_token": prompt.image_token}
+    given = {name: token for name, token in tokens.items() if token is not None}
+    out: list[str] = []
+    length = 0
+    try:
+        template = _template(prompt.chat_template or "")
+        for piece in template.generate(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **given
+        ):
+            out.append(piece)
+            length += len(piece)
+            if length > MAX_RENDERED:
+                raise PromptError(f"the chat template writes more than {MAX_RENDERED} characters: it is refused")
+    except PromptError:
+        raise
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise PromptError(f"the checkpoint's chat template refuses the conversation: {_line(error)}") from None
+    return "".join(out)
+
+
+@functools.lru_cache(maxsize=16)
+def _template(source: str) -> jinja2.Template:
+    """`source` compiled as transformers compiles chat templates, without access to Python's internals."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %} marks what a model is trained on; here it is only its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _llava(messages: Sequence[Message], prompt: PromptSpec, add_generation_prompt: bool) -> str:
+    out = []
+    for message in messages:
+        content = message["content"]
+        text = content if isinstance(content, str) else _flat(content, prompt.image_token)
+        match message["role"]:
+            case "system":
+                out.append(f"{text} ")
+            case "user":
+                out.append(f"USER: {text} ")
+            case "assistant":
+                out.append(f"ASSISTANT: {text}{prompt.eos_token or ''}")
+            case role:
+                raise PromptError(f"unknown role {role!r}: choose one of system, user, assistant")
+    return "".join(out) + ("ASSISTANT:" if add_generation_prompt else "")
+
+
+def _flat(parts: Iterable[Mapping[str, str]], image_token: str) -> str:
+    """Parts as one text: pictures before any text on lines of their own, later ones where they stand."""
+    out = ""
+    leading = True
+    for part in parts:
+        leading = leading and part["type"] == "image"
+        out += part["text"] if part["type"] == "text" else image_token + ("\n" if leading else "")
+    return out
+
+
+def _check_count(tokens: int, images: int, prompt: PromptSpec) -> None:
+    if tokens != images:
+        raise PromptError(
+            f"the prompt has {tokens} {prompt.image_token}, but {images} image{'' if images == 1 else 's'} "
+            f"{'was' if images == 1 else 'were'} given: write {prompt.image_token} once for each image"
+        )
+
+
+def _check_message(message: Message) -> None:
+    allowed = "a role and a content, which is text or a list of {'type': 'image'} and {'type': 'text', 'text': …}"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise PromptError(f"a message has {allowed}")
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list | tuple):
+        raise PromptError(f"a message has {allowed}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise PromptError(f"a message has {allowed}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
