@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from vlm_models.errors import RecipeError
 
@@ -80,10 +80,10 @@ def _precision(value: str, text: str) -> Precision:
     if weights not in WEIGHTS:
         raise RecipeError(f"unknown precision {value!r} in {text!r}: choose of {', '.join(WEIGHTS)}, int4:g64")
     if not colon:
-        return Precision(weights)
+        return Precision(cast(Weights, weights))
     sizes = {f"g{size}": size for size in GROUP_SIZES}
     if weights != "int4" or group not in sizes:
         raise RecipeError(
             f"precision {value!r} in {text!r} has no such group: only int4 has groups, of {', '.join(sizes)}"
         )
-    return Precision(weights, sizes[group])
+    return Precision("int4", sizes[group])

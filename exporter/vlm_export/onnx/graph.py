@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 OPSET = 23
 IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 _INLINE = 256  # bytes up to which a tensor stays in the graph, where shape inference can read it
-_ALIGN = 4096
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,22 @@ class Region:
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
         """Rows start… of the tensor."""
-        assert rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:] and start + len(rows) <= self.shape[0]
+        assert (rows.dtype, rows.shape[1:]) == (self.dtype, self.shape[1:]), (rows.shape, self.shape)
         _write(self.file, np.ascontiguousarray(rows), self.offset + start * self.size // self.shape[0])
 
     def write_columns(self, start: int, columns: NDArray[Any]) -> None:
         """Columns start… of a matrix; `columns` is (rows, count)."""
-        assert columns.dtype == self.dtype and len(columns) == self.shape[0]
+        assert (columns.dtype, len(columns)) == (self.dtype, self.shape[0]), (columns.shape, self.shape)
         for row, values in enumerate(np.ascontiguousarray(columns)):
             _write(self.file, values, self.offset + (row * self.shape[1] + start) * self.dtype.itemsize)
 
 
 def _write(file: int, array: NDArray[Any], offset: int) -> None:
-    data = memoryview(array.reshape(-1).view(np.uint8))
+    data = memoryview(cast(Any, array.reshape(-1).view(np.uint8)))
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
@@ -115,7 +116,10 @@ class Graph:
     def reserve(self, name: str, shape: Sequence[int], dtype: Any) -> Region:
         """Room for a constant of the given shape, to be filled before `save`."""
         assert name not in self._tensors, name
-        region = Region(self._file, -(-self.size // _ALIGN) * _ALIGN, tuple(shape), np.dtype(dtype))
+        size, align = math.prod(shape) * np.dtype(dtype).itemsize, 64
+        if size >= _PAGE:  # large tensors start on a page, where ONNX Runtime can map them
+            align = _PAGE
+        region = Region(self._file, -(-self.size // align) * align, tuple(shape), np.dtype(dtype))
         self.size = region.offset + region.size
         proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(region.dtype), dims=list(shape))
         proto.data_location = TensorProto.EXTERNAL
@@ -134,9 +138,3 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         onnx.save(model, self.path)
         onnx.checker.check_model(self.path)
-
-
-def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of a node's attribute, or the default."""
-    found: list[AttributeProto] = [a for a in node.attribute if a.name == name]
-    return helper.get_attribute_value(found[0]) if found else default

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
+
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_export.onnx.linear import Linears, Weight
 from vlm_export.target import Progress

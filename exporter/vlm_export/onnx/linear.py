@@ -1,4 +1,4 @@
-"""One linear layer, y = x Wᵀ + b, at any precision: its weights streamed into the data file, its nodes into the graph."""
+"""One linear layer, y = x Wᵀ + b, at any precision: weights streamed into the data file, nodes into the graph."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
+
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_models.errors import RecipeError
 from vlm_quant.affine import quantize_int4, quantize_int8, widen
@@ -51,6 +52,7 @@ class Linears:
         self.graph, self.precision = graph, precision
         self.tally = Tally()
         self._rounded: dict[str, tuple[str, str, str]] = {}
+        self._widened: set[str] = set()
 
     def emit(self, x: str, weight: Weight, output: str, precision: Precision | None = None) -> str:
         """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold."""
@@ -62,6 +64,14 @@ class Linears:
             return self._int8(x, weight, output)
         return self._float(x, weight, output, half=precision.weights == "fp16")
 
+    def half(self, name: str, array: NDArray[np.float32]) -> str:
+        """A constant stored as fp16 and widened when the graph is loaded."""
+        if f"{name}.float" not in self._widened:
+            _check_fp16(name, array)
+            self.graph.tensor(name, array.astype(np.float16))
+            self._widened.add(self.graph.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT))
+        return f"{name}.float"
+
     def _float(self, x: str, weight: Weight, output: str, *, half: bool) -> str:
         dtype = np.float16 if half else np.float32
         name = f"{weight.name}.weight"
@@ -70,7 +80,7 @@ class Linears:
         def write(start: int, rows: NDArray[Any]) -> None:
             values = widen(rows)
             if half:
-                _check_fp16(weight, values)
+                _check_fp16(name, values)
             region.write_columns(start, values.T.astype(dtype))
 
         _stream(weight, write)
@@ -145,7 +155,7 @@ def _spans(rows: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
 
 
-def _check_fp16(weight: Weight, values: NDArray[np.float32]) -> None:
+def _check_fp16(name: str, values: NDArray[np.float32]) -> None:
     largest = float(max(values.max(initial=0), -values.min(initial=0)))
     if largest > _FP16_MAX:
-        raise RecipeError(f"weight {weight.name!r} reaches {largest:.3g}, beyond fp16: choose fp32 or int8 for its part")
+        raise RecipeError(f"{name} reaches {largest:.3g}, beyond fp16: choose fp32 or int8 for its part")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from onnx import TensorProto
+
 from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.language import Edge, OnnxLanguage
-#from vlm_export.onnx.trace import trace
+from vlm_export.onnx.linear import Linears
+from vlm_export.onnx.trace import trace
 from vlm_export.target import Progress
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.language import walk
@@ -30,6 +32,18 @@ def build(model: Model, recipe: Recipe, root: Path, *, max_context: int, progres
     spec = model.spec
     parts = {}
     parts["language_model"] = language_model(model.checkpoint, spec, recipe.language, folder, max_context, progress)
+    vision, projector = spec.vision, spec.projector
+    features, pixels = (vision.image_tokens, projector.in_features), (3, vision.image_size, vision.image_size)
+    for part, load, shape, precision, names in (
+        ("projector", model.projector, features, recipe.projector, ("image_features", "image_embeds")),
+        ("vision_encoder", model.vision_encoder, pixels, recipe.vision, ("pixel_values", "image_features")),
+    ):
+        progress(part, 0, 1)
+        with Graph(folder / f"{part}.onnx", part) as graph:
+            linears = Linears(graph, precision)
+            trace(load(), shape, graph, linears, names)
+            parts[part] = _save(graph, spec, part, precision, linears.tally.details())
+        progress(part, 1, 1)
     return parts
 
 
