@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 _HELP = """Export a trained LLaVA checkpoint to a bundle that runs on a device, and check it against the checkpoint.
 
 The bundle is a folder: the vision encoder, the projector and the language model for each target, with tokenizer,
-embedding table and manifest.json. Afterwards every stage of it, from pixels to 32 words of the answer, is compared with
+embedding table and manifest.json. Afterwards every stage of it, from pixels to 32 tokens of an answer, is compared with
 the checkpoint; a table shows how far apart they are, and the exit code is 1 when that is too far.
 
 **Examples**

@@ -50,7 +50,7 @@ def write_vectors(folder: Path, reference: Reference) -> None:
     """golden/golden.safetensors: float32 `pixel_values` (3,s,s), `image_features` (T,F), `image_embeds` (T,H),
     `inputs_embeds` (S,H), `logits` (V,) of the last prompt row; int64 `prompt_ids` (S,) and `greedy_tokens` (N,).
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     r = reference
     tensors = {
@@ -63,4 +63,4 @@ def write_vectors(folder: Path, reference: Reference) -> None:
         "greedy_tokens": np.array(r.greedy, np.int64),
     }
     about = {"prompt": r.prompt, "image": Path(PICTURE).name, "reference": r.how}
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / VECTORS, about)
+    (folder / VECTORS).write_bytes(save({name: np.ascontiguousarray(t) for name, t in tensors.items()}, about))

@@ -1,9 +1,9 @@
 """Parity: a bundle run as a device would run it, each stage on what the stage before it gave, against the reference.
 
 How far a stage may be off follows from the coarsest precision of the parts it has passed through. fp32 must be equal
-to rounding, greedy tokens included. fp16 rounds weights to 11 bits, which costs well under a tenth of its limits. int8 was
-measured at a KL of 0.004 to 0.02, int4 in groups of 32, rounded to nearest, at 0.1 to 0.5 on a language model of 135M
-parameters and less on larger ones; a few times that changes answers. Pixels are equal to float32 rounding at any precision.
+to rounding, greedy tokens included. fp16 rounds weights to 11 bits, which costs well under a tenth of its limits. int8
+was measured at a KL of 0.004 to 0.02, int4 in groups of 32, rounded to nearest, at 0.1 to 0.5 on a language model of
+135M parameters and less on larger ones; a few times that changes answers. Pixels are equal to float32 rounding.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LOGITS: Mapping[Weights, Limits] = {
     "int4": {"cosine": 0.93, "kl": 1.0},
 }
 COARSER: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
-_AT_LEAST = ("cosine", "top1")
+AT_LEAST = ("cosine", "top1")
 
 
 class Runner:
@@ -137,7 +137,7 @@ def distance(reference: Floats, other: Floats) -> dict[str, float]:
     a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     return {
-        "cosine": float(a @ b) / max(norm_a * norm_b, 1e-300),
+        "cosine": min(1.0, float(a @ b) / max(norm_a * norm_b, 1e-300)),
         "max_abs": float(np.abs(a - b).max()),
         "relative_l2": float(np.linalg.norm(a - b)) / max(norm_a, 1e-300),
     }
@@ -168,7 +168,7 @@ def failure(parity: Mapping[str, Any], recipe: Recipe) -> str | None:
         return None
     for stage, numbers in parity["stages"].items():
         for metric in missed(numbers):
-            sign = "<" if metric in _AT_LEAST else ">"
+            sign = "<" if metric in AT_LEAST else ">"
             number = f"{metric} {_number(numbers[metric]):.4g} {sign} {numbers['threshold'][metric]:g}"
             return f"parity failed: {stage} {number}{_advice(recipe, STAGES[stage])}"
     equal, of = parity["greedy"]["equal"], parity["greedy"]["of"]
@@ -191,7 +191,7 @@ def _advice(recipe: Recipe, parts: Sequence[str]) -> str:
 
 
 def _within(metric: str) -> Callable[[float, float], bool]:
-    return operator.ge if metric in _AT_LEAST else operator.le
+    return operator.ge if metric in AT_LEAST else operator.le
 
 
 def _number(value: float | None) -> float:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vlm_export.parity import missed
+from vlm_export.parity import AT_LEAST, missed
 
-_METRICS = ("cosine", "max_abs", "relative_l2", "kl", "top1")
+_METRICS = {"cosine": "cosine", "max_abs": "max abs", "relative_l2": "rel. l2", "kl": "kl", "top1": "top 1"}
 
 
 class Stages:
@@ -31,27 +32,37 @@ class Stages:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            self._finish()
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, of: int) -> None:
         if stage not in self._tasks:
+            self._finish()
             self._tasks[stage] = self._bars.add_task(stage, total=of)
             self._started[stage] = time.perf_counter()
         self.seconds[stage] = round(time.perf_counter() - self._started[stage], 3)
         self._bars.update(self._tasks[stage], completed=done, total=of)
 
+    def _finish(self) -> None:
+        """Stages follow one another: what ran until now is done."""
+        for task in self._bars.tasks:
+            self._bars.update(task.id, completed=task.total)
+
 
 def parity_table(target: str, parity: Mapping[str, Any]) -> Table:
-    """Stages down, metrics across; thresholds in brackets, red where one is missed."""
-    table = Table(title=f"{target}: the bundle against the checkpoint", title_justify="left", caption_justify="left")
-    table.add_column("stage")
-    for metric in _METRICS:
-        table.add_column(metric.replace("_", " "), justify="right")
-    table.add_column("")
+    """Stages down, metrics across, red where a threshold is missed."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
+    table.title = f"{target}: the bundle against the checkpoint"
+    table.add_column("stage", no_wrap=True)
+    for name in _METRICS.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("allowed", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for stage, numbers in parity["stages"].items():
         bad = missed(numbers)
         cells = [_cell(numbers, metric, metric in bad) for metric in _METRICS]
-        table.add_row(stage, *cells, "[red]failed[/]" if bad else "[green]ok[/]")
+        table.add_row(stage, *cells, _limits(numbers["threshold"]), "[red]FAIL[/]" if bad else "[green]ok[/]")
     greedy = parity["greedy"]
     table.caption = f"greedy tokens equal: {greedy['equal']} of {greedy['of']}; reference: {parity['reference']}"
     return table
@@ -71,10 +82,12 @@ def _cell(numbers: Mapping[str, Any], metric: str, bad: bool) -> str:
         return ""
     value = numbers[metric]
     text = "not a number" if value is None or value != value else _digits(metric, value)
-    limit = numbers["threshold"].get(metric)
-    if limit is not None:
-        text += f" ({'≥' if metric in ('cosine', 'top1') else '≤'} {limit:g})"
     return f"[red]{text}[/]" if bad else text
+
+
+def _limits(threshold: Mapping[str, float]) -> str:
+    signs = ((metric, "≥" if metric in AT_LEAST else "≤", limit) for metric, limit in threshold.items())
+    return "\n".join(f"{_METRICS[metric]} {sign} {limit:g}" for metric, sign, limit in signs)
 
 
 def _digits(metric: str, value: float) -> str:
