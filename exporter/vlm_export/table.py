@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -52,7 +51,9 @@ class Stages:
 
 def parity_table(target: str, parity: Mapping[str, Any]) -> Table:
     """Stages down, metrics across, red where a threshold is missed."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), header_style="bold underline", title_justify="left", caption_justify="left"
+    )
     table.title = f"{target}: the bundle against the checkpoint"
     table.add_column("stage", no_wrap=True)
     for name in _METRICS.values():
@@ -81,7 +82,7 @@ def _cell(numbers: Mapping[str, Any], metric: str, bad: bool) -> str:
     if metric not in numbers:
         return ""
     value = numbers[metric]
-    text = "not a number" if value is None or value != value else _digits(metric, value)
+    text = "nan" if value is None or value != value else _digits(metric, value)
     return f"[red]{text}[/]" if bad else text
 
 
