@@ -1,0 +1,27 @@
+"""What all commands share: a mistake of the user is one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from vlm_models.errors import VLMError
+
+
+def run(app: typer.Typer) -> None:
+    """Run `app` and exit: 0 done, 1 a check failed, 2 bad input or usage, 3 something is missing, 130 Ctrl-C.
+
+    Errors other than VLMError are bugs and keep their traceback.
+    """
+    try:
+        app()
+    except VLMError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader went away; nothing is left to be said, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

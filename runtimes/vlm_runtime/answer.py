@@ -1,0 +1,199 @@
+"""One answer: pictures encoded, prompt prefilled, tokens decoded until the end; text comes while it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import numpy as np
+
+from vlm_models.errors import InputError
+from vlm_runtime.embedding import EmbeddingTable
+from vlm_runtime.engine import Decoder, Floats
+from vlm_runtime.sampling import Sampler, Sampling
+from vlm_runtime.splice import splice
+from vlm_runtime.text import Decodes, TextStream
+
+Key = int | bytes
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of `generate`, `answer` and `ask`: the length, the texts that end an answer, and `Sampling`'s fields."""
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and what it took.
+
+    `token_ids` are all generated ids, the one that ended the answer included. `prompt_tokens` counts the prompt with
+    its `image_tokens`. `timings_ms`: load (of the bundle, once), preprocess, vision, projector, prefill, ttft (from
+    the call to the first token), decode (all further tokens). `finish_reason`: "stop" (end token or stop string),
+    "length" (max_new_tokens), "context" (no room left).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    image_tokens: int
+    engines: Mapping[str, str]
+    timings_ms: Mapping[str, float]
+    finish_reason: Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A preprocessed picture: pixel values (3, s, s) and what tells it from others."""
+
+    pixels: Floats
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked prompt: expanded `ids`, what each row will be (`keys`), pictures of `image_tokens` rows in all.
+
+    `room` is how many tokens fit after it; `reuse` keeps the beginning that the KV cache already holds.
+    """
+
+    ids: tuple[int, ...]
+    keys: tuple[Key, ...]
+    pictures: tuple[Picture, ...]
+    image_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    room: int
+    reuse: bool
+    started: float
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Context:
+    """A decoder and what lies in its KV cache: a token id per row, or the digest of the picture."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._keys, self.turn = decoder, list[Key](), 0
+
+    def begin(self, keys: Sequence[Key], reuse: bool) -> int:
+        """A new turn: rewind to the longest common beginning (all but one key at most); its length."""
+        self.turn += 1
+        limit = min(len(self._keys), len(keys) - 1) if reuse else 0
+        common = next((i for i in range(limit) if self._keys[i] != keys[i]), limit)
+        del self._keys[common:]
+        self._decoder.rewind(common)
+        return common
+
+    def prefill(self, embeds: Floats, keys: Sequence[Key]) -> Floats:
+        """Append rows (S, H); logits (V,)."""
+        logits = self._decoder.prefill(embeds)
+        self._keys.extend(keys)
+        return logits
+
+    def decode(self, embed: Floats, key: Key) -> Floats:
+        """Append one row (H,); logits (V,)."""
+        logits = self._decoder.decode(embed)
+        self._keys.append(key)
+        return logits
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What an answer is made with: `picture_rows` gives (T, H) and adds to the timings it is handed."""
+
+    context: Context
+    embedding: EmbeddingTable
+    tokenizer: Decodes
+    eos_token_ids: frozenset[int]
+    engines: Mapping[str, str]
+    picture_rows: Callable[[Picture, dict[str, float]], Floats]
+
+
+def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
+    """Yield the pieces of the answer; returns the whole."""
+    times, sampler, text = request.timings_ms, Sampler(request.sampling), TextStream(speaker.tokenizer, request.stop)
+    limit, row = min(request.max_new_tokens, request.room), np.empty(speaker.embedding.columns, np.float32)
+    said, generated, pieces, ids = 0.0, list[int](), list[str](), list(request.ids)
+    reason: Literal["stop", "length", "context"] = "length" if limit == request.max_new_tokens else "context"
+    logits = _prefill(speaker, request)
+    turn = speaker.context.turn
+    token = sampler.pick(logits, ids)
+    clock = time.perf_counter()
+    times["ttft"] = (clock - request.started) * 1e3
+    while True:
+        generated.append(token)
+        ids.append(token)
+        if token in speaker.eos_token_ids:
+            reason = "stop"
+            break
+        if piece := text.push(token):
+            pieces.append(piece)
+            said += time.perf_counter() - clock
+            yield piece
+            clock = time.perf_counter()
+        if text.stopped:
+            reason = "stop"
+            break
+        if len(generated) == limit:
+            break
+        if speaker.context.turn != turn:
+            raise InputError(
+                "this answer was broken off by a later one of the same model: finish one, or load it twice"
+            )
+        speaker.embedding.row_into(token, row)
+        token = sampler.pick(speaker.context.decode(row, token), ids)
+    times["decode"] = (said + time.perf_counter() - clock) * 1e3
+    if piece := text.finish():
+        pieces.append(piece)
+        yield piece
+    return Answer(
+        text="".join(pieces),
+        token_ids=tuple(generated),
+        prompt_tokens=len(request.ids),
+        image_tokens=request.image_tokens,
+        engines=dict(speaker.engines),
+        timings_ms=times,
+        finish_reason=reason,
+    )
+
+
+def milliseconds(start: float) -> float:
+    """Since `start`, a reading of `time.perf_counter`."""
+    return (time.perf_counter() - start) * 1e3
+
+
+def split_settings(settings: Settings) -> tuple[Sampling, tuple[str, ...], int]:
+    """Sampling, stop strings and length. Raises InputError for a value out of range."""
+    rest = dict(settings)
+    length, stop = rest.pop("max_new_tokens", 256), rest.pop("stop", ())
+    if not isinstance(length, int) or length < 1:
+        raise InputError(f"max_new_tokens is {length}: it must be 1 or more")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+    return Sampling(**rest), stop, length  # type: ignore[arg-type]
+
+
+def _prefill(speaker: Speaker, request: Request) -> Floats:
+    """Encode the pictures whose rows are not in the KV cache, splice, prefill; the logits after the prompt."""
+    times = request.timings_ms
+    times.update(vision=0.0, projector=0.0)
+    kept = speaker.context.begin(request.keys, request.reuse)
+    known = sum(isinstance(key, bytes) for key in request.keys[:kept])
+    rows, end = [], 0
+    for picture in request.pictures:
+        end += request.image_tokens // len(request.pictures)
+        if end > known:
+            rows.append(speaker.picture_rows(picture, times)[known - end :])
+    start = time.perf_counter()
+    logits = speaker.context.prefill(splice(request.ids[kept:], rows, speaker.embedding), request.keys[kept:])
+    times["prefill"] = milliseconds(start)
+    return logits

@@ -1,0 +1,213 @@
+"""The command `vlm-run`: one answer about pictures, or a chat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_models import command
+from vlm_models.errors import InputError, VLMError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlm_runtime.answer import Settings
+    from vlm_runtime.chat import Chat
+    from vlm_runtime.vlm import VLM
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+CHAT_HELP = "/image PATH adds a picture to your next question, /reset starts anew, /quit or Ctrl-D ends"
+_SAMPLING = "How the answer is chosen"
+_RUNNING = "How it runs"
+
+
+@app.command(epilog="Exit codes: 0 done, 2 bad input, 3 an engine or a device is missing.")
+def ask(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that vlm-export wrote.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Your question; without it, a chat begins.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", metavar="PATH", help="A picture; repeat for several.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take PROMPT as it is, image tokens included: no chat template.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: text, token_ids, engines, timings_ms, ...")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The longest answer, in tokens.")] = 256,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; repeat for several.")
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="X", help="0 takes the best token always; 1 draws as trained.", rich_help_panel=_SAMPLING),
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Draw from the k best tokens (0: all).", rich_help_panel=_SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="Draw from the best tokens of this total probability.", rich_help_panel=_SAMPLING
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="Leave out tokens less probable than this × the best.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1 discourages tokens that occurred.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Same seed, same answer.", rich_help_panel=_SAMPLING)
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One for all parts (onnx), or one each (vision=onnx,language=gguf); else what the bundle holds.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.", rich_help_panel=_RUNNING)] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="CPU threads; one per core if not given.", rich_help_panel=_RUNNING),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Fewer tokens of context than the bundle has: less memory.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file.", rich_help_panel=_RUNNING)
+    ] = True,
+) -> None:
+    """Ask an exported model about pictures.
+
+    **One answer:**  vlm-run BUNDLE --image cat.png "What is this?"
+
+    **For programs:**  vlm-run BUNDLE --image cat.png "What is this?" --json
+
+    **A chat:**  vlm-run BUNDLE --image cat.png
+    """
+    if as_json and prompt is None:
+        raise InputError('--json needs a prompt: vlm-run BUNDLE --image a.png "What is this?" --json')
+    if raw and prompt is None:
+        raise InputError("--raw needs a prompt, with the model's image token once for each image")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}: choose one of cpu, cuda")
+    settings: Settings = {
+        "max_new_tokens": max_new_tokens,
+        "stop": stop or (),
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    from vlm_runtime.answer import split_settings
+    from vlm_runtime.vlm import load
+
+    split_settings(settings)  # a wrong value shows before a large bundle is read
+    _plain_output()
+    vlm = load(bundle, engine=engine, threads=threads, max_context=max_context, device=device, verify=verify)  # type: ignore[arg-type]
+    if prompt is None:
+        _chat(vlm, system, list(image or ()), settings)
+    elif as_json:
+        answer = vlm.answer(prompt, image or (), system=system, raw=raw, **settings)
+        typer.echo(json.dumps(_plain(answer), ensure_ascii=False))
+    else:
+        for piece in vlm.generate(prompt, image or (), system=system, raw=raw, **settings):
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+def main() -> None:
+    """The entry point of `vlm-run`."""
+    command.run(app)
+
+
+def _plain(answer: Any) -> dict[str, Any]:
+    """What `--json` prints, by the names of `Answer`; times in milliseconds to the microsecond."""
+    plain = dict(vars(answer))
+    plain["timings_ms"] = {name: round(value, 3) for name, value in answer.timings_ms.items()}
+    return plain
+
+
+def _plain_output() -> None:
+    """Characters that the terminal cannot show must not end the answer."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _chat(vlm: VLM, system: str | None, images: list[Path], settings: Settings) -> None:
+    """Questions from stdin until it ends; mistakes are told and the chat goes on."""
+    from vlm_runtime.image import open_image
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() line editing and a history
+    waiting: list[Image.Image] = [open_image(path) for path in images]
+    chat, typing = vlm.chat(system), sys.stdin.isatty()
+    if typing:
+        typer.echo(f"{vlm.spec.name}: ask something; {CHAT_HELP}", err=True)
+    while True:
+        try:
+            line = input("> " if typing else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            typer.echo("  (/quit or Ctrl-D ends)", err=True)
+            continue
+        try:
+            if line == "/quit":
+                return
+            if line == "/reset":
+                chat.reset()
+                waiting.clear()
+            elif line.split(maxsplit=1)[:1] == ["/image"]:
+                waiting.append(open_image(_path(line)))
+            elif line.startswith("/") and " " not in line:
+                raise InputError(f"unknown command {line}: {CHAT_HELP}")
+            elif line:
+                _turn(chat, line, waiting, settings)
+        except VLMError as error:
+            typer.echo(f"error: {error}", err=True)
+
+
+def _path(line: str) -> Path:
+    """The path after `/image`, with or without quotes, spaces allowed."""
+    path = line.removeprefix("/image").strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    if not path:
+        raise InputError("/image needs the path of a picture")
+    return Path(path).expanduser()
+
+
+def _turn(chat: Chat, line: str, waiting: list[Image.Image], settings: Settings) -> None:
+    """Stream one answer; Ctrl-C stops it and keeps what was said."""
+    pieces = chat.ask(line, tuple(waiting), **settings)
+    waiting.clear()
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+    typer.echo()

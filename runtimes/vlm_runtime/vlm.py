@@ -1,0 +1,198 @@
+"""A bundle ready to answer: `load(folder).generate("What is this?", images=["a.png"])` yields text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from vlm_models.errors import PromptError
+from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Speaker, milliseconds, speak, split_settings
+from vlm_runtime.bundle import Bundle, open_bundle
+from vlm_runtime.chat import Chat, system_message
+from vlm_runtime.embedding import EmbeddingTable
+from vlm_runtime.engine import Floats, Options, choose_engines, find_engine
+from vlm_runtime.image import open_image, preprocess
+from vlm_runtime.prompt import Tokenizer, expand, render, user_message
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Source = str | os.PathLike[str] | bytes | Image.Image
+
+_PICTURES_KEPT = 8
+
+
+def load(
+    folder: str | Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    max_context: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    verify: bool = True,
+) -> VLM:
+    """Open the bundle in `folder` with all its parts.
+
+    `engine` is one name ("gguf") or one per part ("vision=onnx,language=gguf"); without it each part gets the first
+    engine that the bundle holds and this machine can run. `threads`: one per physical core unless given. `max_context`
+    lowers the bundle's own, which saves memory. `verify=False` skips the SHA-256 of the files.
+    Raises BundleError, InputError, or DependencyError where an engine or a device is missing.
+    """
+    start = time.perf_counter()
+    options = Options(threads=threads, max_context=max_context, device=device)
+    bundle = open_bundle(folder, verify=verify)
+    vlm = VLM(bundle, choose_engines(bundle, engine), options)
+    vlm.load_ms = milliseconds(start)
+    return vlm
+
+
+class VLM:
+    """The parts of one bundle, opened: `generate`, `answer` and `chat` use them, one at a time.
+
+    `vision_encoder`, `projector` and `decoder` are engines; `engines` says which, by part; `embedding` and
+    `tokenizer` are the bundle's; `max_context` is how many tokens prompt and answer may have together.
+    """
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, str], options: Options) -> None:
+        self.bundle, self.spec, self.engines, self.load_ms = bundle, bundle.spec, dict(engines), 0.0
+        self.tokenizer, self.embedding = Tokenizer(bundle), EmbeddingTable(bundle)
+        self.vision_encoder = find_engine(engines["vision_encoder"]).encoder(bundle, "vision_encoder", options)
+        self.projector = find_engine(engines["projector"]).encoder(bundle, "projector", options)
+        self.decoder = find_engine(engines["language_model"]).decoder(bundle, options)
+        self.max_context = self.decoder.max_context
+        self._rows: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pictures, by digest
+        self._speaker = Speaker(
+            context=Context(self.decoder),
+            embedding=self.embedding,
+            tokenizer=self.tokenizer,
+            eos_token_ids=frozenset(self.spec.prompt.eos_token_ids),
+            engines=self.engines,
+            picture_rows=self._picture_rows,
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Source] = (),
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[str]:
+        """Yield the answer to `prompt` about `images` piece by piece.
+
+        The checkpoint's chat template is applied, pictures first, unless the prompt itself holds the image token once
+        for each; `raw` takes the prompt as it is. Raises PromptError, ImageError or InputError before any work.
+        """
+        return self._generate(prompt, images, system, raw, settings)
+
+    def answer(
+        self,
+        prompt: str,
+        images: Sequence[Source] = (),
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Answer:
+        """The same as `generate`, all at once and with what it took."""
+        pieces = self._generate(prompt, images, system, raw, settings)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as stop:
+                return _answer(stop)
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation of several turns that keeps its KV cache from turn to turn."""
+        return Chat(self, system)
+
+    def encode_image(self, image: Source) -> Floats:
+        """The projected rows (T, H) of one picture; those of the last few pictures are kept."""
+        return self._picture_rows(self.picture(image), {"vision": 0.0, "projector": 0.0})
+
+    def picture(self, image: Source) -> Picture:
+        """One picture, opened and preprocessed. Raises ImageError."""
+        pixels = preprocess(open_image(image), self.spec.preprocess)
+        return Picture(pixels, hashlib.sha256(pixels.tobytes()).digest())
+
+    def request(
+        self,
+        text: str,
+        images: Sequence[Source],
+        settings: Settings,
+        *,
+        pictures: Sequence[Picture] = (),
+        started: float,
+        reuse: bool = False,
+    ) -> Request:
+        """Check a rendered prompt about known `pictures` and then `images`. Raises what `generate` does."""
+        sampling, stop, max_new_tokens = split_settings(settings)
+        ids = expand(self.tokenizer.encode(text), self.spec.prompt, len(pictures) + len(images))
+        per_picture, image_id = self.spec.prompt.image_tokens, self.spec.prompt.image_token_id
+        image_tokens = (len(pictures) + len(images)) * per_picture
+        if len(ids) >= self.max_context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens) and the bundle's context is "
+                f"{self.max_context}: shorten it, or export with a larger --max-context"
+            )
+        if not ids:
+            raise PromptError("the prompt is empty: write a question")
+        start = time.perf_counter()
+        pictures = (*pictures, *map(self.picture, images))
+        times = {"load": self.load_ms, "preprocess": milliseconds(start) if images else 0.0}
+        digests = (picture.digest for picture in pictures for _ in range(per_picture))
+        return Request(
+            ids=tuple(ids),
+            keys=tuple(next(digests) if token == image_id else token for token in ids),
+            pictures=pictures,
+            image_tokens=image_tokens,
+            sampling=sampling,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            room=self.max_context - len(ids),
+            reuse=reuse,
+            started=started,
+            timings_ms=times,
+        )
+
+    def speak(self, request: Request) -> Generator[str, None, Answer]:
+        """Yield the answer to a checked request; returns the whole."""
+        return speak(self._speaker, request)
+
+    def _generate(
+        self, prompt: str, images: Sequence[Source], system: str | None, raw: bool, settings: Settings
+    ) -> Generator[str, None, Answer]:
+        started = time.perf_counter()
+        if raw and system is not None:
+            raise PromptError("a raw prompt is taken as it is: write the system message into it")
+        if not raw:
+            prompt = render(
+                [*system_message(system), user_message(prompt, len(images), self.spec.prompt)], self.spec.prompt
+            )
+        return self.speak(self.request(prompt, images, settings, started=started))
+
+    def _picture_rows(self, picture: Picture, times: dict[str, float]) -> Floats:
+        if picture.digest in self._rows:
+            self._rows.move_to_end(picture.digest)
+            return self._rows[picture.digest]
+        start = time.perf_counter()
+        features = self.vision_encoder.run(picture.pixels[None])
+        times["vision"] += milliseconds(start)
+        start = time.perf_counter()
+        rows: Floats = self.projector.run(features)[0]
+        times["projector"] += milliseconds(start)
+        self._rows[picture.digest] = rows
+        if len(self._rows) > _PICTURES_KEPT:
+            self._rows.popitem(last=False)
+        return rows
+
+
+def _answer(stop: StopIteration) -> Answer:
+    assert isinstance(stop.value, Answer)
+    return stop.value
