@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,6 +20,12 @@ NAME = "manifest.json"
 PARTS = ("vision_encoder", "projector", "language_model")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_BYTES = 64 << 20
+# fmt: off
+_POSITIVE = frozenset((
+    "image_size", "patch_size", "hidden_size", "layers", "image_tokens", "in_features", "out_features", "vocab_size",
+    "intermediate_size", "heads", "kv_heads", "head_dim", "max_positions", "dim", "size", "rows", "columns",
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,14 @@ def problems(manifest: Manifest) -> Iterator[str]:
     for use, name in _references(manifest):
         if name not in manifest.files:
             yield f"{use} names {name!r}, which is not in 'files'"
+    for target, record in manifest.parity.items():
+        sound = isinstance(record, Mapping) and isinstance(record.get("passed"), bool)
+        if not sound or not isinstance(record.get("stages"), Mapping):
+            yield f"the parity record of {target!r} has no 'passed' or no 'stages'"
     yield from _part_problems(manifest)
     yield from _table_problems(manifest)
+    yield from _not_positive(manifest.spec, "spec")
+    yield from _not_positive(manifest.embedding, "embedding")
     yield from _spec_problems(manifest.spec)
 
 
@@ -199,23 +212,17 @@ def _table_problems(manifest: Manifest) -> Iterator[str]:
         yield f"max_context is {manifest.max_context}; it must be positive"
 
 
+def _not_positive(value: Any, where: str) -> Iterator[str]:
+    for one in dataclasses.fields(value):
+        inner = getattr(value, one.name)
+        if dataclasses.is_dataclass(inner):
+            yield from _not_positive(inner, f"{where}.{one.name}")
+        elif one.name in _POSITIVE and inner < 1:
+            yield f"{where}.{one.name} is {inner}; it must be positive"
+
+
 def _spec_problems(spec: VLMSpec) -> Iterator[str]:
     pixels, prompt, language = spec.preprocess, spec.prompt, spec.language
-    positive = {
-        "vision.image_size": spec.vision.image_size,
-        "vision.image_tokens": spec.vision.image_tokens,
-        "vision.hidden_size": spec.vision.hidden_size,
-        "projector.in_features": spec.projector.in_features,
-        "language.vocab_size": language.vocab_size,
-        "language.hidden_size": language.hidden_size,
-        "language.layers": language.layers,
-        "language.kv_heads": language.kv_heads,
-        "language.head_dim": language.head_dim,
-        "preprocess.size": pixels.size,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            yield f"spec.{name} is {value}; it must be positive"
     projector, width = spec.projector, spec.vision.feature_size
     if projector.out_features != language.hidden_size:
         yield f"the projector gives rows of {projector.out_features}, the language model takes {language.hidden_size}"
@@ -223,6 +230,8 @@ def _spec_problems(spec: VLMSpec) -> Iterator[str]:
         yield f"the vision encoder gives rows of {width}, the projector takes {projector.in_features}"
     if prompt.image_tokens != spec.vision.image_tokens:
         yield f"prompt has {prompt.image_tokens} tokens a picture, the vision encoder {spec.vision.image_tokens}"
+    if len(language.windows) != language.layers:
+        yield f"the language model has {language.layers} layers, but windows of {len(language.windows)}"
     if not prompt.image_token or prompt.image_token_id < 0:
         yield f"the image token is {prompt.image_token!r} with id {prompt.image_token_id}"
     if 0.0 in pixels.std or pixels.crop < 0 or not 0 <= pixels.resample <= 5:
