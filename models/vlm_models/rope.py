@@ -61,7 +61,8 @@ def _yarn(base: F32, rope: RopeSpec) -> F32:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
-    return (base / np.float32(s["factor"]) * ramp + base * (1 - ramp)).astype(np.float32)
+    out: F32 = (base / np.float32(s["factor"]) * ramp + base * (1 - ramp)).astype(np.float32)
+    return out
 
 
 def _attention_factor(rope: RopeSpec) -> float:
