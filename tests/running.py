@@ -165,8 +165,8 @@ def language_graph(random: np.random.Generator, vocab: int, positions: int | Non
         weights[f"o{n}"] = random.standard_normal((HEADS * HEAD, HIDDEN)).astype(np.float32) * 0.5
         past = [f"past_key_values.{n}.{k}" for k in ("key", "value")]
         present = [f"present.{n}.{k}" for k in ("key", "value")]
-        inputs |= dict.fromkeys(past, [1, KV, positions or "max", HEAD])
-        outputs |= dict.fromkeys(present, [1, KV, positions or "max", HEAD])
+        inputs |= {name: [1, KV, positions or "max", HEAD] for name in past}
+        outputs |= {name: [1, KV, positions or "max", HEAD] for name in present}
         nodes += [
             helper.make_node("MatMul", [x, f"qkv{n}"], [f"q{n}"]),
             helper.make_node(

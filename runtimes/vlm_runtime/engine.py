@@ -120,15 +120,10 @@ def choose_engines(bundle: Bundle, wanted: str | None) -> dict[str, str]:
     holds and this machine can run. Raises InputError, BundleError or DependencyError saying what there is.
     """
     asked = _asked(bundle, wanted.strip()) if wanted is not None else {}
-    chosen = {}
-    for part in PART_WORDS.values():
-        if part in asked:
-            bundle.part(part, asked[part])
-            find_engine(asked[part]).available()
-            chosen[part] = asked[part]
-        else:
-            chosen[part] = _first_available(bundle, part)
-    return chosen
+    for part, name in asked.items():
+        bundle.part(part, name)
+        find_engine(name).available()
+    return {part: asked.get(part) or _first_available(bundle, part) for part in PART_WORDS.values()}
 
 
 def _asked(bundle: Bundle, wanted: str) -> dict[str, str]:

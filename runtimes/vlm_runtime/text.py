@@ -82,9 +82,9 @@ class TextStream:
         if not self._stop:
             return new
         text = self._held + new
-        if found := [at for at in map(text.find, self._stop) if at >= 0]:
+        if found := [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]  # the one complete first, wherever the borders of tokens are
         keep = next((n for n in range(min(len(text), self._longest - 1), 0, -1) if self._begins_stop(text[-n:])), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
