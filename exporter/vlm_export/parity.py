@@ -137,7 +137,7 @@ def distance(reference: Floats, other: Floats) -> dict[str, float]:
     a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     return {
-        "cosine": min(1.0, float(a @ b) / max(norm_a * norm_b, 1e-300)),
+        "cosine": float(np.minimum(1.0, a @ b / max(norm_a * norm_b, 1e-300))),  # keeps NaN, which min() does not
         "max_abs": float(np.abs(a - b).max()),
         "relative_l2": float(np.linalg.norm(a - b)) / max(norm_a, 1e-300),
     }
@@ -148,7 +148,7 @@ def divergence(reference: Floats, other: Floats) -> dict[str, float]:
     p, q = _log_softmax(reference), _log_softmax(other)
     return {
         "top1": float((reference.argmax(-1) == other.argmax(-1)).mean()),
-        "kl": max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean())),
+        "kl": float(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1).mean())),
     }
 
 

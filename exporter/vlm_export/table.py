@@ -21,7 +21,9 @@ class Stages:
 
     def __init__(self, console: Console, shown: bool) -> None:
         columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console, disable=not shown, refresh_per_second=4)
+        self._bars = Progress(
+            *columns, console=console, disable=not (shown and console.is_terminal), refresh_per_second=4
+        )
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
