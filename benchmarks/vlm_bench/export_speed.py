@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -91,11 +92,9 @@ def make_export(checkpoint: str, precision: str, check: bool, threads: int) -> R
 def import_parts(threads: int) -> None:
     """What an export imports, with torch on `threads` threads."""
     import torch
-    import transformers
 
-    import vlm_export
-
-    assert vlm_export and transformers.LlavaConfig
+    for module in ("transformers.models.llava", "vlm_export", "vlm_export.targets.onnx"):
+        importlib.import_module(module)
     torch.set_num_threads(threads)
 
 
