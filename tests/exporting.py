@@ -1,17 +1,22 @@
-"""Running `vlm-export` in this process as a shell would, and damaging checkpoints."""
+"""Running `vlm-export` in this process as a shell would, one real export for all tests, damaging checkpoints."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vlm_export
 from vlm_export.cli import main
+from vlm_export.target import find_target
+from vlm_runtime.manifest import Part, read_manifest
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,28 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+_EXPORTED: dict[Path, Path] = {}
+
+
+def exported(checkpoint: Path, made: pytest.TempPathFactory) -> Path:
+    """The checkpoint at fp32, with its check; exported once per session. Read only."""
+    if checkpoint not in _EXPORTED:
+        output = made.mktemp("export") / "bundle"
+        vlm_export.export(checkpoint, ["onnx"], output, precision="fp32")
+        _EXPORTED[checkpoint] = output
+    return _EXPORTED[checkpoint]
+
+
+def copy_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let target onnx copy the parts of `bundle`, whatever the precision: tracing takes most of the time."""
+
+    def build(model: Any, recipe: Any, root: Path, *, max_context: int, progress: Any) -> dict[str, Part]:
+        for part in ("language_model", "projector", "vision_encoder"):
+            progress(part, 0, 1)
+            progress(part, 1, 1)
+        shutil.copytree(bundle / "onnx", root / "onnx")
+        return {name: engines["onnx"] for name, engines in read_manifest(bundle).parts.items()}
+
+    monkeypatch.setattr(find_target("onnx"), "build", build)

@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         with write.draft(tmp_path / "out"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(InputError, match="disk of .* is full"):
+    with pytest.raises(InputError, match=r"disk of .* is full"):
         failing()
     assert list(tmp_path.iterdir()) == []
 
@@ -113,6 +113,16 @@ def test_the_old_version_comes_back_when_the_new_one_cannot_be_put(
         write.publish(folder, output, manifest)
     monkeypatch.undo()
     assert open_bundle(output).manifest == before
+
+
+def test_a_bundle_behind_a_link_is_replaced_where_it_is(tmp_path: Path) -> None:
+    real = tiny_bundle(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    folder, manifest = new_version(tmp_path / "link")
+    write.publish(folder, tmp_path / "link", manifest)
+    assert (tmp_path / "link").is_symlink()
+    assert open_bundle(real).manifest == manifest
+    assert [n for n in hidden(tmp_path) if "old" in n] == []
 
 
 def test_killed_between_the_two_renames_the_old_version_is_put_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,6 +98,7 @@ def command(
 
 def main() -> None:
     """Entry point of the command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on old configs are not the user's concern
     run(app)
 
 

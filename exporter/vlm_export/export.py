@@ -59,7 +59,8 @@ def export(
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
         for name, target in chosen.items():
-            parts = target.build(model, recipe, folder, max_context=context, progress=progress)
+            watch = _named(progress, name, len(chosen))
+            parts = target.build(model, recipe, folder, max_context=context, progress=watch)
             manifest = _with_target(manifest, name, target.ENGINE, parts, recipe)
         if check:
             manifest = _checked(model, manifest, folder, chosen, recipe, prompt, greedy_tokens, progress)
@@ -148,11 +149,17 @@ def _checked(
     draft = next(iter(runners.values())).draft
     reference = compute_reference(model, picture, prompt, tokens=tokens, draft=draft, progress=progress)
     measured: dict[str, Any] = {
-        name: parity.measure(runner, reference, recipe, progress) for name, runner in runners.items()
+        name: parity.measure(runner, reference, recipe, _named(progress, name, len(runners)))
+        for name, runner in runners.items()
     }
     if manifest.golden is None:
         golden.write_vectors(folder, reference)
     return replace(manifest, golden=golden.VECTORS, parity={**manifest.parity, **measured})
+
+
+def _named(progress: Progress, target: str, targets: int) -> Progress:
+    """Stages carry their target's name where there are several."""
+    return progress if targets == 1 else lambda stage, done, of: progress(f"{target} {stage}", done, of)
 
 
 def _now() -> str:

@@ -26,6 +26,7 @@ class Stages:
         )
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
+        self._running = ""
         self.seconds: dict[str, float] = {}
 
     def __enter__(self) -> Stages:
@@ -40,6 +41,7 @@ class Stages:
     def __call__(self, stage: str, done: int, of: int) -> None:
         if stage not in self._tasks:
             self._finish()
+            self._running = stage
             self._tasks[stage] = self._bars.add_task(stage, total=of)
             self._started[stage] = time.perf_counter()
         self.seconds[stage] = round(time.perf_counter() - self._started[stage], 3)
@@ -47,6 +49,8 @@ class Stages:
 
     def _finish(self) -> None:
         """Stages follow one another: what ran until now is done."""
+        if self._running:
+            self.seconds[self._running] = round(time.perf_counter() - self._started[self._running], 3)
         for task in self._bars.tasks:
             self._bars.update(task.id, completed=task.total)
 

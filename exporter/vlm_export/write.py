@@ -97,16 +97,18 @@ def publish(folder: Path, output: Path, manifest: Manifest) -> None:
     """
     write_manifest(folder, manifest)
     _sync(folder)
-    old = _hidden(output, "old")
-    replaces = os.path.lexists(output)
+    place, old = output.resolve(), _hidden(output, "old")
+    replaces = place.exists()
     try:
         if replaces:
-            output.rename(old)
-        folder.rename(output)
-    except OSError as error:
+            place.rename(old)
+        folder.rename(place)
+    except BaseException as error:  # Ctrl-C too: the older bundle comes back
         recover(output)
-        raise InputError(f"{output} cannot be written: {error.strerror or error}; choose another -o") from None
-    _sync(output.absolute().parent)
+        if isinstance(error, OSError):
+            raise InputError(f"{output} cannot be written: {error.strerror or error}; choose another -o") from None
+        raise
+    _sync(place.parent)
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -114,8 +116,8 @@ def publish(folder: Path, output: Path, manifest: Manifest) -> None:
 def recover(output: Path) -> None:
     """Clear what dead exports of `output` left beside it, and put back a bundle that one of them had set aside."""
     for path, kind in _leftovers(output):
-        if kind == "old" and not os.path.lexists(output):
-            path.rename(output)
+        if kind == "old" and not output.exists():
+            path.rename(output.resolve())
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -150,12 +152,12 @@ def files_in(folder: Path) -> set[str]:
 
 
 def _hidden(output: Path, kind: str) -> Path:
-    place = output.absolute()
+    place = output.resolve()
     return place.with_name(f".{place.name}.{kind}-{os.getpid()}")
 
 
 def _leftovers(output: Path) -> Iterator[tuple[Path, str]]:
-    place = output.absolute()
+    place = output.resolve()
     pattern = re.compile(rf"\.{re.escape(place.name)}\.(old|partial)-(\d+)")
     if not place.parent.is_dir():
         return
