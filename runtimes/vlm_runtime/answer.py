@@ -88,11 +88,16 @@ class Context:
     def begin(self, keys: Sequence[Key], reuse: bool) -> int:
         """A new turn: rewind to the longest common beginning (all but one key at most); its length."""
         self.turn += 1
-        limit = min(len(self._keys), len(keys) - 1) if reuse else 0
+        limit = min(len(self._keys), self._decoder.position, len(keys) - 1) if reuse else 0
         common = next((i for i in range(limit) if self._keys[i] != keys[i]), limit)
         del self._keys[common:]
         self._decoder.rewind(common)
         return common
+
+    def lend(self) -> Decoder:
+        """The decoder, for others to use: nothing is known of its cache from here on."""
+        self._keys.clear()
+        return self._decoder
 
     def prefill(self, embeds: Floats, keys: Sequence[Key]) -> Floats:
         """Append rows (S, H); logits (V,)."""

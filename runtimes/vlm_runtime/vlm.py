@@ -15,7 +15,7 @@ from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Spea
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
 from vlm_runtime.embedding import EmbeddingTable
-from vlm_runtime.engine import Floats, Options, choose_engines, find_engine
+from vlm_runtime.engine import Decoder, Floats, Options, choose_engines, find_engine
 from vlm_runtime.image import open_image, preprocess
 from vlm_runtime.prompt import Tokenizer, expand, render, user_message
 
@@ -63,17 +63,22 @@ class VLM:
         self.tokenizer, self.embedding = Tokenizer(bundle), EmbeddingTable(bundle)
         self.vision_encoder = find_engine(engines["vision_encoder"]).encoder(bundle, "vision_encoder", options)
         self.projector = find_engine(engines["projector"]).encoder(bundle, "projector", options)
-        self.decoder = find_engine(engines["language_model"]).decoder(bundle, options)
-        self.max_context = self.decoder.max_context
+        decoder = find_engine(engines["language_model"]).decoder(bundle, options)
+        self.max_context = decoder.max_context
         self._rows: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pictures, by digest
         self._speaker = Speaker(
-            context=Context(self.decoder),
+            context=Context(decoder),
             embedding=self.embedding,
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset(self.spec.prompt.eos_token_ids),
             engines=self.engines,
             picture_rows=self._picture_rows,
         )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model; who uses it directly ends what a chat had in its KV cache, and costs it time only."""
+        return self._speaker.context.lend()
 
     def generate(
         self,
