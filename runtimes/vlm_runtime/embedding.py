@@ -58,9 +58,9 @@ class EmbeddingTable:
         if not 0 <= token_id < self.rows_count:
             raise self._outside(token_id)
         if self._bf16:
-            halves = out.view(np.uint16)  # little-endian: the upper half of each float32 comes second
-            halves[0::2] = 0
-            halves[1::2] = self._table[token_id]
+            bits = out.view(np.uint32)
+            bits[...] = self._table[token_id]
+            np.left_shift(bits, 16, out=bits)
         else:
             out[...] = self._table[token_id]
         if self._multiplier is not None:
