@@ -266,7 +266,8 @@ def test_progress_of_every_stage_ends_where_it_said(tiny: Path, tmp_path: Path) 
 def test_the_golden_picture_of_an_older_bundle_is_kept(tmp_path: Path) -> None:
     path = golden.write_picture(tmp_path)
     Image.new("RGB", (9, 9)).save(path)
-    assert Image.open(golden.write_picture(tmp_path)).size == (9, 9)
+    with Image.open(golden.write_picture(tmp_path)) as image:
+        assert image.size == (9, 9)
 
 
 def test_manifest_values_are_frozen(bundle: Path) -> None:

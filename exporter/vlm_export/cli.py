@@ -132,4 +132,6 @@ def _show(console: Console, output: Path, manifest: Manifest, targets: list[str]
             console.print(f"{name}: parity: not measured")
     total = sum(entry.bytes for entry in manifest.files.values())
     recipe = ", ".join(f"{name}: {manifest.recipes[name]}" for name in targets)
-    console.print(f"{output}  {size(total)}, {recipe}, {seconds['total']:.0f} s", highlight=False, soft_wrap=True)
+    console.print(
+        f"{output}  {size(total)}, {recipe}, {seconds['total']:.0f} s", highlight=False, markup=False, soft_wrap=True
+    )

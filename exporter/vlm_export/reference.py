@@ -69,7 +69,8 @@ def compute_reference(
 
     steps = tokens + 3
     ids = prompt_ids(model, prompt)
-    pixels = pixel_values(model, Image.open(picture).convert("RGB"))
+    with Image.open(picture) as image:
+        pixels = pixel_values(model, image.convert("RGB"))
     progress("reference", 1, steps)
     with torch.inference_mode():
         features = model.vision_encoder()(torch.from_numpy(pixels)[None])
