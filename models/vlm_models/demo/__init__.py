@@ -1,1 +1,1 @@
-"""The trained demo checkpoint: SmolLM2-135M-Instruct that sees coloured shapes and digits, and the recipe that trained it."""
+"""The trained demo checkpoint: SmolLM2-135M that sees coloured shapes and digits, and its recipe."""

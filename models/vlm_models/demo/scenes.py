@@ -22,9 +22,9 @@ COLORS = {
     "red": (220, 35, 35),
     "green": (35, 160, 60),
     "blue": (40, 75, 225),
-    "yellow": (245, 220, 40),
+    "yellow": (240, 205, 10),
     "purple": (150, 50, 180),
-    "orange": (250, 135, 20),
+    "orange": (250, 120, 20),
 }
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three")
@@ -47,12 +47,10 @@ def make_scene(seed: int, split: str = "train") -> tuple[Image.Image, tuple[Obje
     return Image.fromarray(pixels), objects
 
 
-def draw_scene(
-    seed: int, split: str = "train"
-) -> tuple[NDArray[np.uint8], tuple[Object, ...], NDArray[np.float32]]:
+def draw_scene(seed: int, split: str = "train") -> tuple[NDArray[np.uint8], tuple[Object, ...], NDArray[np.float32]]:
     """Pixels (72, 72, 3), objects, and how far each object covers each pixel (objects, 72, 72)."""
     rng = random.Random(f"{split}-{seed}")
-    base = rng.choice((rng.uniform(5, 60), rng.uniform(200, 250)))
+    base = rng.choice((rng.uniform(5, 60), rng.uniform(200, 240)))
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = [base + rng.uniform(-8, 8) for _ in range(3)]
     count = rng.randint(1, 3)
@@ -74,7 +72,7 @@ def draw_scene(
         window += mask[..., None] * (paint - window)
         cover[i, y : y + side, x : x + side] = mask
         objects.append(Object(kind, color, place, value))
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(canvas.shape, np.float32)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((SIZE, SIZE, 1), np.float32)
     canvas += noise * rng.uniform(0, 8)
     return canvas.clip(0, 255).astype(np.uint8), tuple(objects), cover
 
@@ -85,7 +83,7 @@ def _mask(kind: str, value: int, side: int, angle: float) -> NDArray[np.float32]
     draw = ImageDraw.Draw(image)
     center = radius = 1.5 * side
     if kind == "digit":
-        draw.text((center, center), str(value), font=_font(4 * side), fill=255, anchor="mm")
+        draw.text((center, center), str(value), font=_font(int(3.6 * side)), fill=255, anchor="mm", stroke_width=4)
     elif kind == "circle":
         draw.ellipse((3, 3, 3 * side - 4, 3 * side - 4), fill=255)
     elif kind == "square":
@@ -100,7 +98,7 @@ def _mask(kind: str, value: int, side: int, angle: float) -> NDArray[np.float32]
         draw.rectangle((center - arm, center - reach, center + arm, center + reach), fill=255)
         draw.rectangle((center - reach, center - arm, center + reach, center + arm), fill=255)
     image = image.rotate(angle, Image.Resampling.BILINEAR).resize((side, side), Image.Resampling.BOX)
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 @lru_cache
@@ -164,7 +162,7 @@ def _a(noun: str) -> str:
 
 
 def write_pairs(folder: Path, count: int, split: str = "test") -> Path:
-    """Write `count` pictures and `pairs.jsonl` (image, question, answer, kind), one question a line; return its path."""
+    """Write `count` pictures and pairs.jsonl (image, question, answer, kind), a question a line; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as lines:
