@@ -96,6 +96,7 @@ class Context:
 
     def lend(self) -> Decoder:
         """The decoder, for others to use: nothing is known of its cache from here on."""
+        self.turn += 1
         self._keys.clear()
         return self._decoder
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vlm_models.errors import CheckError, InputError
 
 Ids = NDArray[np.intp]
+Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 
@@ -48,7 +49,7 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def pick(self, logits: NDArray[np.float32], previous: Sequence[int]) -> int:
+    def pick(self, logits: Floats, previous: Sequence[int]) -> int:
         """The next token id from logits (V,), which are left as they are; `previous` are all ids so far.
 
         Raises CheckError when the logits are not numbers.
@@ -62,18 +63,20 @@ class Sampler:
             )
         if self.sampling.temperature == 0.0:
             return best
-        ids, probabilities = _filtered(logits, self.sampling)
-        return int(ids[np.searchsorted(np.cumsum(probabilities[:-1]), self._random.random(), side="right")])
+        ids, weights = _filtered(logits, self.sampling)
+        index = _draw(weights, self._random.random())
+        return index if ids is None else int(ids[index])
 
 
-def distribution(logits: NDArray[np.float32], sampling: Sampling, previous: Sequence[int] = ()) -> tuple[Ids, Doubles]:
+def distribution(logits: Floats, sampling: Sampling, previous: Sequence[int] = ()) -> tuple[Ids, Doubles]:
     """The token ids that can follow and their probabilities (both (n,)); needs a temperature above 0."""
     if sampling.repetition_penalty != 1.0:
         logits = _penalized(logits, previous, sampling.repetition_penalty)
-    return _filtered(logits, sampling)
+    ids, weights = _filtered(logits, sampling)
+    return np.arange(len(logits)) if ids is None else ids, weights / weights.sum(dtype=np.float64)
 
 
-def _penalized(logits: NDArray[np.float32], previous: Sequence[int], penalty: float) -> NDArray[np.float32]:
+def _penalized(logits: Floats, previous: Sequence[int], penalty: float) -> Floats:
     out = logits.copy()
     seen = np.unique(np.asarray(previous, np.intp))
     seen = seen[(seen >= 0) & (seen < len(out))]
@@ -81,34 +84,58 @@ def _penalized(logits: NDArray[np.float32], previous: Sequence[int], penalty: fl
     return out
 
 
-def _filtered(logits: NDArray[np.float32], sampling: Sampling) -> tuple[Ids, Doubles]:
-    """Temperature, top-k, top-p, min-p; every step keeps the best token."""
-    ids: Ids = np.arange(len(logits), dtype=np.intp)
+def _filtered(logits: Floats, sampling: Sampling) -> tuple[Ids | None, Floats]:
+    """Temperature, top-k, top-p, min-p; the ids left (None: all) and their weights, 1 for the best."""
+    ids: Ids | None = None
+    scores = logits - logits.max()
     if 0 < sampling.top_k < len(logits):  # ties with the k-th best stay, as in transformers
-        ids = np.flatnonzero(logits >= np.partition(logits, len(logits) - sampling.top_k)[-sampling.top_k])
-    scores = logits[ids].astype(np.float64)
-    scores = (scores - scores.max()) / sampling.temperature
+        ids = np.flatnonzero(scores >= _kth_best(scores, sampling.top_k))
+        scores = scores[ids]
+    scores /= np.float32(max(sampling.temperature, 1e-30))  # smaller is 0 as float32
     if sampling.top_p < 1.0:
         kept = _nucleus(scores, sampling.top_p)
-        ids, scores = ids[kept], scores[kept]
+        ids, scores = kept if ids is None else ids[kept], scores[kept]
     if sampling.min_p > 0.0:
-        near = scores >= math.log(sampling.min_p)
-        ids, scores = ids[near], scores[near]
-    weights = np.exp(scores)
-    return ids, weights / weights.sum()
+        kept = np.flatnonzero(scores >= math.log(sampling.min_p))
+        ids, scores = kept if ids is None else ids[kept], scores[kept]
+    return ids, np.exp(scores)
 
 
-def _nucleus(scores: Doubles, top_p: float) -> Ids:
-    """Indices, best first, of the fewest best scores whose probabilities reach `top_p` together."""
+def _kth_best(logits: Floats, k: int) -> np.float32:
+    """The k-th largest logit; only those that can be it are partitioned, which is 10 times cheaper than all."""
+    blocks = logits[: len(logits) // 64 * 64].reshape(-1, 64).max(axis=1)
+    if len(blocks) > k:  # at least k logits are as large as the k-th best block
+        logits = logits[logits >= np.partition(blocks, -k)[-k]]
+    best: np.float32 = np.partition(logits, -k)[-k]
+    return best
+
+
+def _nucleus(scores: Floats, top_p: float) -> Ids:
+    """Indices of the fewest best scores (≤ 0) whose probabilities reach `top_p` together."""
+    wanted = top_p * float(np.exp(scores).sum(dtype=np.float64))
+    # Scores below this weigh less than 1 - top_p all together, the best one weighing 1: none can be in the nucleus.
+    near = np.flatnonzero(scores >= math.log((1 - top_p) / len(scores)))
+    scores = scores[near]
     weights = np.exp(scores)
-    wanted, count = top_p * weights.sum(), 256
-    while True:  # sorting a few hundred of the best is enough nearly always, and 100 times cheaper than all
-        best = np.argpartition(-scores, count)[:count] if count < len(scores) else np.arange(len(scores))
-        best = best[np.argsort(-scores[best], kind="stable")]
-        reached = np.cumsum(weights[best])
-        if reached[-1] >= wanted or len(best) == len(scores):
-            return best[: int(np.searchsorted(reached, wanted)) + 1]
-        count *= 8
+    # Sum the weights in 1,024 steps of score; only the scores of the step that reaches top_p need sorting.
+    steps = np.minimum(scores * np.float32(-32), np.float32(1023)).astype(np.intp)
+    reached = np.cumsum(np.bincount(steps, weights))
+    last = min(int(np.searchsorted(reached, wanted)), len(reached) - 1)
+    border = np.flatnonzero(steps == last)
+    border = border[np.argsort(-scores[border], kind="stable")]
+    before = reached[last - 1] if last else 0.0
+    count = int(np.searchsorted(before + np.cumsum(weights[border], dtype=np.float64), wanted)) + 1
+    return near[np.concatenate([np.flatnonzero(steps < last), border[:count]])]
+
+
+def _draw(weights: Floats, uniform: float) -> int:
+    """The index in which `uniform` (0 ≤ u < 1) of the summed weights falls; sums of blocks first, then one block."""
+    reached = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), 256), dtype=np.float64))
+    wanted = uniform * reached[-1]
+    block = int(np.searchsorted(reached[:-1], wanted, side="right"))
+    inside = np.cumsum(weights[block * 256 : block * 256 + 256], dtype=np.float64)
+    wanted -= reached[block - 1] if block else 0.0
+    return block * 256 + int(np.searchsorted(inside[:-1], wanted, side="right"))
 
 
 def _check(name: str, value: Any, allowed: bool, what: str) -> None:
