@@ -1,9 +1,9 @@
-"""Shared fixtures: tiny checkpoints made once per session; in CI a skipped test is a failure."""
+"""Shared fixtures: tiny checkpoints made once per session."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,11 @@ import pytest
 from PIL import Image
 
 from checkpoints import tiny_llava
+from no_skips import pytest_runtest_makereport  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MakeTiny = Callable[..., Path]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, which CI does not allow: {report.longrepr}"
-    return report
 
 
 @pytest.fixture(scope="session")
