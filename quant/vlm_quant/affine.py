@@ -26,6 +26,18 @@ class Int8:
 
 
 @dataclass(frozen=True)
+class Int8Groups:
+    """One scale a group of columns: w ≈ (value − 128) · scale. The layout of MatMulNBits at 8 bits.
+
+    values (rows, groups, group_size), scales (rows, groups). Columns beyond the matrix in the last group stand for
+    exact zeros.
+    """
+
+    values: NDArray[np.uint8]
+    scales: Float
+
+
+@dataclass(frozen=True)
 class Int4:
     """One scale and one zero point a group of `group_size` columns: w ≈ (value − zero point) · scale.
 
@@ -68,6 +80,27 @@ def dequantize_int8(quantized: Int8) -> Float:
     return quantized.values.astype(np.float32) * quantized.scales[:, None]
 
 
+def quantize_int8_groups(matrix: NDArray[Any], group_size: int) -> Int8Groups:
+    """Round groups of columns by their largest magnitude; a group of zeros keeps the scale 1."""
+    rows, columns = matrix.shape
+    groups = -(-columns // group_size)
+    values, scales = np.empty((rows, groups, group_size), np.uint8), np.empty((rows, groups), np.float32)
+    for part in _blocks(rows, columns):
+        block = _grouped(matrix[part], group_size)
+        scale = np.maximum(block.max(axis=2), -block.min(axis=2)) / np.float32(127)
+        scale[scale == 0] = 1
+        block /= scale[:, :, None]
+        values[part] = np.rint(block, out=block) + np.float32(128)
+        scales[part] = scale
+    return Int8Groups(values, scales)
+
+
+def dequantize_int8_groups(quantized: Int8Groups, columns: int) -> Float:
+    """(rows, columns) float32."""
+    weights = (quantized.values.astype(np.float32) - np.float32(128)) * quantized.scales[:, :, None]
+    return weights.reshape(len(weights), -1)[:, :columns]
+
+
 def quantize_int4(matrix: NDArray[Any], group_size: int) -> Int4:
     """Round groups of columns to 0…15 over their range, which always holds 0; a group of zeros keeps the scale 1."""
     rows, columns = matrix.shape
@@ -75,11 +108,8 @@ def quantize_int4(matrix: NDArray[Any], group_size: int) -> Int4:
     packed = np.empty((rows, groups, group_size // 2), np.uint8)
     scales, zeros = np.empty((rows, groups), np.float32), np.zeros((rows, groups + groups % 2), np.uint8)
     for part in _blocks(rows, columns):
-        block = widen(matrix[part])
-        if columns % group_size:
-            block = np.pad(block, ((0, 0), (0, groups * group_size - columns)))
         # (group_size, groups): reductions and packing run along whole rows of memory.
-        values = np.ascontiguousarray(block.reshape(-1, group_size).T)
+        values = np.ascontiguousarray(_grouped(matrix[part], group_size).reshape(-1, group_size).T)
         low, high = values.min(axis=0, initial=0), values.max(axis=0, initial=0)
         scale = (high - low) / np.float32(15)
         scale[scale == 0] = 1
@@ -101,6 +131,14 @@ def dequantize_int4(quantized: Int4, columns: int) -> Float:
     zeros = np.stack([quantized.zero_points & 15, quantized.zero_points >> 4], axis=-1).reshape(rows, -1)[:, :groups]
     weights = (values.astype(np.float32) - zeros[:, :, None]) * quantized.scales[:, :, None]
     return weights.reshape(rows, -1)[:, :columns]
+
+
+def _grouped(matrix: NDArray[Any], group_size: int) -> Float:
+    """(rows, groups, group_size), padded with zeros."""
+    wide = widen(matrix)
+    if missing := -matrix.shape[1] % group_size:
+        wide = np.pad(wide, ((0, 0), (0, missing)))
+    return wide.reshape(len(wide), -1, group_size)
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:

@@ -24,7 +24,8 @@ from vlm_models.spec import LanguageSpec, RopeSpec
 from vlm_quant.affine import widen
 from vlm_quant.recipe import Precision
 
-FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+FLOAT = TensorProto.FLOAT
+HEAD = "lm_head"
 
 
 @dataclass
@@ -173,7 +174,8 @@ class OnnxLanguage:
 
     def _write(self, x: str, linears: Sequence[Linear], name: str) -> str:
         """One linear layer of all the rows."""
-        out = self.linear_layers.emit(x, self._weight(linears, name), f"{name}.out")
+        emit = self.linear_layers.emit_head if name == HEAD else self.linear_layers.emit
+        out = emit(x, self._weight(linears, name), f"{name}.out")
         for linear in linears:
             self.checkpoint.release(linear.weight.tensor)
         return out

@@ -15,10 +15,12 @@ from onnx import TensorProto
 
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_models.errors import RecipeError
-from vlm_quant.affine import quantize_int4, quantize_int8, widen
+from vlm_quant.affine import quantize_int4, quantize_int8, quantize_int8_groups, widen
 from vlm_quant.recipe import Precision
 
 CHUNK = 2048  # rows read, converted and written by one thread at a time
+HEAD_GROUP = 32
+SATURATION = "int8 sums are exact with VNNI (x86) or dot-product (Arm) instructions; older x86 cores may saturate them"
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -42,7 +44,8 @@ class Tally:
 
     def details(self) -> dict[str, Any]:
         """Plain values for `Part.details`."""
-        return {"linears": dict(self.linears), "kept": dict(self.kept)}
+        details: dict[str, Any] = {"linears": dict(self.linears), "kept": dict(self.kept)}
+        return {**details, "note": SATURATION} if "int8" in self.linears else details
 
 
 class Linears:
@@ -51,12 +54,12 @@ class Linears:
     def __init__(self, graph: Graph, precision: Precision) -> None:
         self.graph, self.precision = graph, precision
         self.tally = Tally()
-        self._rounded: dict[str, tuple[str, str, str]] = {}
+        self._rounded: dict[str, tuple[str, str]] = {}
         self._widened: set[str] = set()
 
-    def emit(self, x: str, weight: Weight, output: str, precision: Precision | None = None) -> str:
+    def emit(self, x: str, weight: Weight, output: str) -> str:
         """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold."""
-        precision = precision or self.precision
+        precision = self.precision
         self.tally.linears[str(precision)] += 1
         if precision.weights == "int4":
             return self._int4(x, weight, output, precision.group_size)
@@ -92,11 +95,11 @@ class Linears:
         return self.graph.node("Add", [product, self._bias(weight)], output)
 
     def _int8(self, x: str, weight: Weight, output: str) -> str:
-        """The input rounded to uint8 as it comes, the products in integers, one scale an output channel."""
-        if x not in self._rounded:
-            names = (f"{x}.uint8", f"{x}.scale", f"{x}.zero")
-            self.graph.node("DynamicQuantizeLinear", [x], names)
-            self._rounded[x] = names
+        """Integer products: one scale an output channel, and one a row of x, found as it comes.
+
+        A row's rounding is its own, so that prompts may be cut into chunks and a row of outliers spoils no other.
+        """
+        rounded, largest = self._round(x)
         values = self.graph.reserve(f"{weight.name}.weight", (weight.columns, weight.rows), np.int8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows,), np.float32)
 
@@ -106,9 +109,42 @@ class Linears:
             scales.write(start, quantized.scales)
 
         _stream(weight, write)
-        rounded, scale, zero = self._rounded[x]
-        inputs = [rounded, f"{weight.name}.weight", scale, f"{weight.name}.scale", zero, "", self._bias(weight)]
-        return self.graph.node("MatMulIntegerToFloat", inputs, output, MICROSOFT)
+        inputs = [rounded, f"{weight.name}.weight", "unit.scale", f"{weight.name}.scale", "unit.zero"]
+        product = self.graph.node("MatMulIntegerToFloat", inputs, f"{output}.product", MICROSOFT)
+        if weight.bias is None:
+            return self.graph.node("Mul", [product, largest], output)
+        scaled = self.graph.node("Mul", [product, largest], f"{output}.scaled")
+        return self.graph.node("Add", [scaled, self._bias(weight)], output)
+
+    def _round(self, x: str) -> tuple[str, str]:
+        """x as uint8 with 128 for zero, and the largest magnitude of each row. A row of zeros gives 0 · anything."""
+        if x not in self._rounded:
+            graph = self.graph
+            axis = graph.tensor("channels", np.array([-1], np.int64))
+            scale = graph.tensor("unit.scale", np.array(1 / 127, np.float32))
+            zero = graph.tensor("unit.zero", np.array(128, np.uint8))
+            magnitude = graph.node("Abs", [x], f"{x}.abs")
+            largest = graph.node("ReduceMax", [magnitude, axis], f"{x}.largest", keepdims=1)
+            unit = graph.node("Div", [x, largest], f"{x}.unit")
+            self._rounded[x] = graph.node("QuantizeLinear", [unit, scale, zero], f"{x}.uint8"), largest
+        return self._rounded[x]
+
+    def emit_head(self, x: str, weight: Weight, output: str) -> str:
+        """The layer that gives the logits: 8 bits in groups for int8 and int4 parts, since its errors count most."""
+        if self.precision.weights in ("fp32", "fp16"):
+            return self.emit(x, weight, output)
+        self.tally.linears[f"int8:g{HEAD_GROUP}"] += 1
+        groups = -(-weight.columns // HEAD_GROUP)
+        values = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, HEAD_GROUP), np.uint8)
+        scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
+
+        def write(start: int, rows: NDArray[Any]) -> None:
+            quantized = quantize_int8_groups(rows, HEAD_GROUP)
+            values.write(start, quantized.values)
+            scales.write(start, quantized.scales)
+
+        _stream(weight, write)
+        return self._blockwise(x, weight, output, 8, HEAD_GROUP, "")
 
     def _int4(self, x: str, weight: Weight, output: str, group: int) -> str:
         groups = -(-weight.columns // group)
@@ -123,15 +159,18 @@ class Linears:
             zeros.write(start, quantized.zero_points)
 
         _stream(weight, write)
-        constants = [f"{weight.name}.{kind}" for kind in ("weight", "scale", "zero")]
+        return self._blockwise(x, weight, output, 4, group, f"{weight.name}.zero")
+
+    def _blockwise(self, x: str, weight: Weight, output: str, bits: int, group: int, zeros: str) -> str:
+        """accuracy_level 4: x is rounded to int8 in groups as well, and the products are integers."""
         return self.graph.node(
             "MatMulNBits",
-            [x, *constants, "", self._bias(weight)],
+            [x, f"{weight.name}.weight", f"{weight.name}.scale", zeros, "", self._bias(weight)],
             output,
             MICROSOFT,
             K=weight.columns,
             N=weight.rows,
-            bits=4,
+            bits=bits,
             block_size=group,
             accuracy_level=4,
         )
