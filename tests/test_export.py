@@ -26,10 +26,11 @@ from exporting import copy_parts, exported
 from vlm_export import golden, parity, shared
 from vlm_export.target import find_target, silent, target_names
 from vlm_models.checkpoint import open_checkpoint
-from vlm_models.errors import CheckError, CheckpointError, InputError
+from vlm_models.errors import CheckError, CheckpointError, DependencyError, InputError
 from vlm_models.family import read_spec
 from vlm_runtime.bundle import open_bundle
 from vlm_runtime.embedding import EmbeddingTable
+from vlm_runtime.engine import find_engine
 from vlm_runtime.image import open_image, preprocess
 from vlm_runtime.manifest import Part, read_manifest
 from vlm_runtime.prompt import Tokenizer, expand
@@ -234,6 +235,37 @@ def test_no_target_and_unknown_targets_are_told_apart(tiny: Path, tmp_path: Path
         vlm_export.export(tiny, ["onnx", "onx"], tmp_path / "out")
     with pytest.raises(CheckpointError, match="no such folder"):
         vlm_export.export(tmp_path / "nowhere", "onnx", tmp_path / "out")
+
+
+def test_a_missing_sdk_is_not_an_unknown_name(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)
+        patch.delitem(sys.modules, "vlm_export.targets.onnx", raising=False)
+        for name in [n for n in sys.modules if n.startswith("vlm_export.onnx")]:
+            patch.delitem(sys.modules, name)
+        with pytest.raises(DependencyError, match=r"target 'onnx' needs onnx: pip install 'vlm-export\[onnx\]'"):
+            find_target("onnx")
+
+    def absent(checkpoint: object) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers.models")
+
+    monkeypatch.setattr("vlm_models.model.load_model", absent)
+    with pytest.raises(DependencyError, match=r"needs transformers: pip install 'vlm-export\[export\]'"):
+        vlm_export.export(tiny, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_engine_is_said_before_anything_is_built(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise DependencyError("engine 'onnx' needs onnxruntime")
+
+    monkeypatch.setattr(find_engine("onnx"), "available", absent)
+    monkeypatch.setattr(find_target("onnx"), "build", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(DependencyError, match="needs onnxruntime"):
+        vlm_export.export(tiny, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_targets_are_found_by_file_name() -> None:

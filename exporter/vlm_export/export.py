@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export import golden, parity, preflight, shared, write
 from vlm_export.reference import compute_reference, prompt_ids
-from vlm_export.target import Progress, Target, find_target, silent
+from vlm_export.target import Progress, Target, find_target, not_installed, silent
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.recipe import Recipe, parse_recipe
 from vlm_runtime.bundle import Bundle
+from vlm_runtime.engine import find_engine
 from vlm_runtime.manifest import Manifest, Part
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def export(
     model = _load(checkpoint, output, chosen)
     for target in chosen.values():
         target.requires(recipe, model.spec)
+        if check:
+            find_engine(target.ENGINE).available()
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
@@ -80,7 +83,10 @@ def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) ->
         raise InputError("no target given: name at least one")
     if Path(checkpoint).expanduser().is_dir():
         write.check_output(output, Path(checkpoint).expanduser())
-    model = load_model(checkpoint)
+    try:
+        model = load_model(checkpoint)
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "reading a checkpoint", "export") from error
     write.check_output(output, model.checkpoint.folder)
     return model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vlm_export import targets
-from vlm_models.errors import InputError
+from vlm_models.errors import DependencyError, InputError
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
@@ -41,11 +41,22 @@ def target_names() -> list[str]:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Raises InputError naming all targets."""
+    """The target of that name. Raises InputError naming all targets, DependencyError where its SDK is not installed."""
     names = target_names()
     if name not in names:
         raise InputError(f"unknown target {name!r}: choose one of {', '.join(names)}")
-    return cast(Target, importlib.import_module(f"{targets.__name__}.{name}"))
+    try:
+        return cast(Target, importlib.import_module(f"{targets.__name__}.{name}"))
+    except ModuleNotFoundError as error:
+        raise not_installed(error, f"target {name!r}", name) from error
+
+
+def not_installed(error: ModuleNotFoundError, what: str, extra: str) -> DependencyError:
+    """The error that names what to install; one of our own modules that is missing is a bug and raised as it is."""
+    package = str(error.name).split(".")[0]
+    if package.startswith("vlm_"):
+        raise error
+    return DependencyError(f"{what} needs {package}: pip install 'vlm-export[{extra}]'")
 
 
 def silent(stage: str, done: int, of: int) -> None:
