@@ -4,7 +4,7 @@
 # for example TORCH="torch==2.13.0+cpu --extra-index-url …" where pip would take a CUDA build otherwise.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-QUESTION ?= What color is the object?
+QUESTION ?= How many objects are in the image?
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -139,7 +139,20 @@ def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
     codes = {}
     for ci in ("true", ""):
         env = {**os.environ, "CI": ci, "PYTHONPATH": str(ROOT / "tests")}
-        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no_skips"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(tmp_path),
+            "-p",
+            "no_skips",
+            "-p",
+            "no:hypothesispytest",
+        ]
         done = subprocess.run([*command, str(test)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         codes[ci] = done.returncode
     assert codes == {"true": 1, "": 0}
