@@ -249,10 +249,6 @@ def test_two_answers_at_once_do_not_mix(vlm: VLM) -> None:
     assert vlm.answer("What", max_new_tokens=8).token_ids == whole.token_ids
 
 
-def turns(vlm: VLM, *said: tuple[str, str]) -> str:
-    return "".join(f"<|user|>{q}</s>\n<|assistant|>{a}" + "</s>\n" for q, a in said).removesuffix("</s>\n")
-
-
 def test_a_conversation_prefills_only_what_is_new_and_answers_as_from_scratch(
     counted: tuple[VLM, Counted, Counted],
 ) -> None:

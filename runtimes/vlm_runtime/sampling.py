@@ -125,7 +125,8 @@ def _nucleus(scores: Floats, top_p: float) -> Ids:
     border = border[np.argsort(-scores[border], kind="stable")]
     before = reached[last - 1] if last else 0.0
     count = int(np.searchsorted(before + np.cumsum(weights[border], dtype=np.float64), wanted)) + 1
-    return near[np.concatenate([np.flatnonzero(steps < last), border[:count]])]
+    nucleus: Ids = near[np.concatenate([np.flatnonzero(steps < last), border[:count]])]
+    return nucleus
 
 
 def _draw(weights: Floats, uniform: float) -> int:

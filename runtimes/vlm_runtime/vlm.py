@@ -44,6 +44,9 @@ def load(
     Raises BundleError, InputError, or DependencyError where an engine or a device is missing.
     """
     start = time.perf_counter()
+    import jinja2  # noqa: F401 - loaded with the bundle, so that the first answer does not wait for it
+    import PIL.Image  # noqa: F401
+
     options = Options(threads=threads, max_context=max_context, device=device)
     bundle = open_bundle(folder, verify=verify)
     vlm = VLM(bundle, choose_engines(bundle, engine), options)
