@@ -1,24 +1,21 @@
-"""Answers and conversations: the same tokens as from scratch, errors before work, pictures encoded once."""
+"""Answers: the same tokens as from scratch, errors before work, pictures encoded once."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from answering import Counted, from_scratch, load_counted, painted
 from running import HIDDEN, IMAGE_TOKENS, running_bundle, running_spec, tokenizer
 from vlm_models.errors import ImageError, InputError, PromptError
 from vlm_runtime.answer import Context, Request, Speaker, speak
 from vlm_runtime.sampling import Sampling
-from vlm_runtime.splice import splice
 from vlm_runtime.vlm import VLM, load
 
 
@@ -32,67 +29,9 @@ def vlm(folder: Path) -> VLM:
     return load(folder, threads=1)
 
 
-def painted(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
-class Counted:
-    """An engine part that counts: how often `run`, how many rows `prefill` and `decode` were given."""
-
-    def __init__(self, of: Any) -> None:
-        self.of, self.runs, self.rows, self.steps, self.fail_at = of, 0, 0, 0, -1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.of, name)
-
-    def run(self, x: np.ndarray) -> np.ndarray:
-        self.runs += 1
-        return self.of.run(x)
-
-    def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        self.rows += len(embeds)
-        return self.of.prefill(embeds)
-
-    def decode(self, embed: np.ndarray) -> np.ndarray:
-        self.steps += 1
-        if self.steps == self.fail_at:
-            raise KeyboardInterrupt
-        return self.of.decode(embed)
-
-
 @pytest.fixture
 def counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VLM, Counted, Counted]:
-    """A fresh VLM, its counted vision encoder and decoder."""
-    from vlm_runtime.engines import onnx
-
-    decoders = []
-
-    def decoder(*args: Any) -> Counted:
-        decoders.append(Counted(original(*args)))
-        return decoders[0]
-
-    original = onnx.decoder
-    monkeypatch.setattr(onnx, "decoder", decoder)
-    vlm = load(folder, threads=1)
-    vlm.vision_encoder = vision = Counted(vlm.vision_encoder)
-    return vlm, vision, decoders[0]
-
-
-def from_scratch(vlm: VLM, text: str, images: list[Image.Image], count: int) -> list[int]:
-    """Greedy tokens, the whole prompt prefilled anew for each."""
-    prompt = vlm.spec.prompt
-    ids = []
-    for token in vlm.tokenizer.encode(text):
-        ids += [token] * (IMAGE_TOKENS if token == prompt.image_token_id else 1)
-    rows = [vlm.projector.run(vlm.vision_encoder.run(vlm.picture(image).pixels[None]))[0] for image in images]
-    made: list[int] = []
-    for _ in range(count):
-        vlm.decoder.rewind(0)
-        embeds = np.concatenate([splice(ids, rows, vlm.embedding), vlm.embedding.rows(made)])
-        made.append(int(vlm.decoder.prefill(embeds).argmax()))
-    vlm.decoder.rewind(0)
-    return made
+    return load_counted(folder, monkeypatch)
 
 
 RENDERED = "<|user|><image>\nWhat is it?</s>\n<|assistant|>"
@@ -247,112 +186,6 @@ def test_two_answers_at_once_do_not_mix(vlm: VLM) -> None:
     with pytest.raises(InputError, match="broken off by a later one"):
         list(first)
     assert vlm.answer("What", max_new_tokens=8).token_ids == whole.token_ids
-
-
-def test_a_conversation_prefills_only_what_is_new_and_answers_as_from_scratch(
-    counted: tuple[VLM, Counted, Counted],
-) -> None:
-    vlm, vision, decoder = counted
-    chat = vlm.chat()
-    one = "".join(chat.ask("hi", [painted(0)], max_new_tokens=5))
-    before = decoder.rows
-    two = "".join(chat.ask("It is red", max_new_tokens=5))
-    text = f"<|user|><image>\nhi</s>\n<|assistant|>{one}</s>\n<|user|>It is red</s>\n<|assistant|>"
-    assert chat.last is not None
-    total = len(vlm.tokenizer.encode(text)) + IMAGE_TOKENS - 1
-    assert chat.last.prompt_tokens == total
-    assert decoder.rows - before < total - 15  # the first turn, its picture included, stayed in the cache
-    assert vision.runs == 1
-    assert list(chat.last.token_ids) == from_scratch(vlm, text, [painted(0)], 5)
-    assert two == tokenizer().decode(chat.last.token_ids)
-
-
-def test_another_picture_in_the_same_place_is_not_taken_from_the_cache(vlm: VLM) -> None:
-    text = "<|user|><image>\nhi</s>\n<|assistant|>"
-    for seed in (0, 1):
-        chat = vlm.chat()
-        list(chat.ask("hi", [painted(seed)], max_new_tokens=4))
-        assert chat.last is not None
-        assert list(chat.last.token_ids) == from_scratch(vlm, text, [painted(seed)], 4)
-
-
-def test_a_picture_in_a_later_turn_comes_where_it_was_given(vlm: VLM) -> None:
-    chat = vlm.chat(system="short")
-    one = "".join(chat.ask("hi", max_new_tokens=3))
-    list(chat.ask("and", [painted(2)], max_new_tokens=3))
-    text = f"<|system|>short</s>\n<|user|>hi</s>\n<|assistant|>{one}</s>\n<|user|><image>\nand</s>\n<|assistant|>"
-    assert chat.last is not None
-    assert list(chat.last.token_ids) == from_scratch(vlm, text, [painted(2)], 3)
-
-
-def test_a_conversation_survives_other_answers_in_between(vlm: VLM) -> None:
-    chat, alone = vlm.chat(), vlm.chat()
-    for text in ("hi", "more"):
-        list(chat.ask(text, max_new_tokens=4))
-    wanted = chat.last
-    list(alone.ask("hi", max_new_tokens=4))
-    vlm.answer("What is it?", [painted(0)], max_new_tokens=4)
-    list(alone.ask("more", max_new_tokens=4))
-    assert wanted is not None
-    assert alone.last is not None
-    assert alone.last.token_ids == wanted.token_ids
-
-
-def test_ctrl_c_leaves_the_conversation_usable(counted: tuple[VLM, Counted, Counted]) -> None:
-    vlm, _, decoder = counted
-    chat = vlm.chat()
-    decoder.fail_at = 6
-    said = ""
-    pieces = chat.ask("hi", [painted(0)], max_new_tokens=50)
-    with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            said += piece
-    assert said
-    assert chat.last is None
-    decoder.fail_at = -1
-    list(chat.ask("It", max_new_tokens=4))
-    text = f"<|user|><image>\nhi</s>\n<|assistant|>{said}</s>\n<|user|>It</s>\n<|assistant|>"
-    assert chat.last is not None
-    assert list(chat.last.token_ids) == from_scratch(vlm, text, [painted(0)], 4)
-
-
-def test_a_turn_that_is_closed_early_keeps_what_was_said(vlm: VLM) -> None:
-    chat = vlm.chat()
-    pieces = chat.ask("hi", max_new_tokens=50)
-    said = next(pieces)
-    assert isinstance(pieces, Iterator)
-    pieces.close()  # type: ignore[attr-defined]
-    list(chat.ask("It", max_new_tokens=4))
-    assert chat.last is not None
-    text = f"<|user|>hi</s>\n<|assistant|>{said}</s>\n<|user|>It</s>\n<|assistant|>"
-    assert list(chat.last.token_ids) == from_scratch(vlm, text, [], 4)
-
-
-def test_a_refused_turn_leaves_the_conversation_as_it_was(vlm: VLM) -> None:
-    chat = vlm.chat()
-    list(chat.ask("hi", max_new_tokens=3))
-    with pytest.raises(PromptError, match="the bundle's context is 96"):
-        chat.ask("hello " * 100)
-    with pytest.raises(ImageError):
-        chat.ask("what", [b"nothing"])
-    list(chat.ask("It", max_new_tokens=4))
-    again = vlm.chat()
-    list(again.ask("hi", max_new_tokens=3))
-    list(again.ask("It", max_new_tokens=4))
-    assert chat.last is not None
-    assert again.last is not None
-    assert chat.last.token_ids == again.last.token_ids
-
-
-def test_reset_forgets_all_but_the_system_message(vlm: VLM) -> None:
-    chat, fresh = vlm.chat("short"), vlm.chat("short")
-    list(chat.ask("hi", [painted(0)], max_new_tokens=3))
-    chat.reset()
-    list(chat.ask("It", max_new_tokens=4))
-    list(fresh.ask("It", max_new_tokens=4))
-    assert chat.last is not None
-    assert fresh.last is not None
-    assert chat.last.token_ids == fresh.last.token_ids
 
 
 class Silent:

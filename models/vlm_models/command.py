@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -13,7 +12,7 @@ from vlm_models.errors import VLMError
 def run(app: typer.Typer) -> None:
     """Run `app` and exit: 0 done, 1 a check failed, 2 bad input or usage, 3 something is missing, 130 Ctrl-C.
 
-    Errors other than VLMError are bugs and keep their traceback.
+    Errors other than VLMError are bugs and keep their traceback; Typer itself is quiet when a pipe is closed.
     """
     try:
         app()
@@ -22,6 +21,3 @@ def run(app: typer.Typer) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader went away; nothing is left to be said, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
