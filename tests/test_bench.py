@@ -1,0 +1,115 @@
+"""Measurements measure what they say: order, medians, a worker's errors, every number of vlm-bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from checkpoints import tiny_llava
+from running import running_bundle
+from vlm_bench import cli, measure, overhead, reference_shape, stages
+from vlm_bench.worker import workers
+from vlm_models.errors import BundleError, InputError
+from vlm_models.model import load_model
+
+
+def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int]] = []
+
+    def contestant(name: str, times: Mapping[int, float]) -> measure.Rep:
+        def rep(number: int) -> Mapping[str, float]:
+            order.append((name, number))
+            return {"ms": times[number], "tokens_per_s": 1 / times[number]}
+
+        return rep
+
+    monkeypatch.setattr(measure, "busy_seconds", lambda: 0.0)
+    slow, fast = {0: 99.0, 1: 4.0, 2: 8.0, 3: 6.0}, {0: 99.0, 1: 2.0, 2: 2.0, 3: 5.0}
+    results = measure.interleave({"slow": contestant("slow", slow), "fast": contestant("fast", fast)}, 3, idle_s=0)
+    assert order == [(name, n) for n in range(4) for name in ("slow", "fast")]
+    assert results["slow"]["ms"] == measure.Stat(6.0, 4.0, 8.0, 3, 3)
+    assert results["slow"]["tokens_per_s"].best == 1 / 4.0
+    assert measure.ratio(results, "fast", "slow", "ms") == 2.0 / 6.0
+
+
+def test_repeats_beside_other_work_are_left_out_where_enough_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"busy": 0.0}
+
+    def rep(number: int) -> Mapping[str, float]:
+        clock["busy"] += 1000.0 if number in (2, 4) else 0.0
+        return {"ms": float(number)}
+
+    monkeypatch.setattr(measure, "busy_seconds", lambda: clock["busy"])
+    assert measure.interleave({"it": rep}, 5, idle_s=0)["it"]["ms"] == measure.Stat(3.0, 1.0, 5.0, 3, 5)
+    # Two quiet ones are too few: all count.
+    assert measure.interleave({"it": rep}, 4, idle_s=0)["it"]["ms"] == measure.Stat(2.5, 1.0, 4.0, 2, 4)
+
+
+def test_an_error_in_a_worker_reaches_the_person(tmp_path: Path) -> None:
+    arguments = (str(tmp_path / "none"), None, None, 1, 8, 4)
+    with pytest.raises(BundleError, match="none"), workers({"x": ("vlm_bench.stages:make", arguments)}, 1):
+        pass
+
+
+def test_vlm_bench_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running_bundle(tmp_path / "bundle")
+    out = tmp_path / "out.json"
+    line = ["vlm-bench", str(tmp_path / "bundle"), "--json", str(out), "--repeats", "1", "--idle", "0", "--decode", "8"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    data = json.loads(out.read_text())
+    assert data["prefill_tokens"] == 96 - 8
+    assert data["machine"]["cores"]
+    assert set(data["results"]["bundle"]) == set(cli.COLUMNS)
+    assert all(stat["median"] > 0 for stat in data["results"]["bundle"].values())
+
+
+def test_what_does_not_fit_the_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="context of 96"):
+        stages.make(str(running_bundle(tmp_path / "bundle")), None, None, 1, 90, 7)
+
+
+def test_overhead_is_a_share_of_the_token(tmp_path: Path) -> None:
+    values = overhead.make(str(running_bundle(tmp_path / "bundle")), 1, 16)(1)
+    assert 0 < values["own_percent"] < 100
+    assert values["own_us"] > 0
+
+
+def test_the_reference_shape_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own way of writing, on small sizes: transformers finds every tensor, and so do we."""
+    config = reference_shape._config()
+    assert config.text_config.num_hidden_layers == 28
+    small = {"intermediate_size": 16, "num_attention_heads": 2}
+    vision = {**small, "hidden_size": 16}
+    text = {**small, "hidden_size": 16, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    for part, sizes in ((config.vision_config, vision), (config.text_config, text)):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    config.text_config.layer_types = ["full_attention"]
+    config.vision_config.num_hidden_layers = 2
+    monkeypatch.setattr(reference_shape, "_config", lambda: config)
+    monkeypatch.setattr(reference_shape, "_SHARD", 1_000_000)
+    folder = reference_shape.write(tmp_path / "shape")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
+    assert load_model(folder).spec.prompt.image_token_id == reference_shape.IMAGE_TOKEN_ID
+    with pytest.raises(InputError, match="exists"):
+        reference_shape.write(folder)
+
+
+def test_the_tiny_checkpoints_of_one_seed_are_equal(tiny: Path, tmp_path: Path) -> None:
+    again = tiny_llava(tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
