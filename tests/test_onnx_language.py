@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,24 @@ import transformers
 
 from checkpoints import ROPES, TEXTS
 from conftest import MakeTiny
-from vlm_export.targets.onnx import language_model
+from vlm_export.targets.onnx import language_model, requires
+from vlm_models.errors import CheckpointError
 from vlm_models.model import Model, load_model
-from vlm_quant.recipe import Precision
+from vlm_quant.recipe import Precision, parse_recipe
 from vlm_runtime.manifest import Part
 
-ROWS, CONTEXT = 45, 48
+ROWS, CONTEXT, FP32 = 45, 48, Precision("fp32")
 CHUNKS = (0, 30, 41, 42, 43, 44, ROWS)
 VARIANTS: list[dict[str, Any]] = [
     *({"text": text} for text in TEXTS),
     *({"rope": rope} for rope in ROPES),
-    {"text": "phi3", "text_options": {"partial_rotary_factor": 0.5}},
+    {"text": "phi3", "text_options": {"partial_rotary_factor": 0.5, "hidden_size": 128}},
     {"text_options": {"attention_bias": True, "mlp_bias": True}},
-    {"text_options": {"hidden_act": "gelu_pytorch_tanh", "head_dim": 8, "num_key_value_heads": 4}},
+    {"text_options": {"hidden_act": "gelu_pytorch_tanh", "head_dim": 32, "num_key_value_heads": 4}},
 ]
 
 
-def exported(model: Model, folder: Path, precision: Precision = Precision("fp32")) -> Part:
+def exported(model: Model, folder: Path, precision: Precision = FP32) -> Part:
     part = language_model(model.checkpoint, model.spec, precision, folder, CONTEXT, lambda *_: None)
     onnx.checker.check_model(folder / "language_model.onnx")
     return part
@@ -47,7 +50,7 @@ def run_chunks(path: Path, embeds: np.ndarray, chunks: tuple[int, ...] = CHUNKS)
     past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
     caches = {i.name: ort.OrtValue.ortvalue_from_numpy(np.full(i.shape, 99, np.float32)) for i in past}
     out = []
-    for start, stop in zip(chunks, chunks[1:], strict=False):
+    for start, stop in itertools.pairwise(chunks):
         binding = session.io_binding()
         binding.bind_cpu_input("inputs_embeds", embeds[None, start:stop])
         binding.bind_cpu_input("seqlens_k", np.array([stop - 1], np.int32))
@@ -63,7 +66,9 @@ def run_chunks(path: Path, embeds: np.ndarray, chunks: tuple[int, ...] = CHUNKS)
 
 def transformers_logits(folder: Path, embeds: np.ndarray) -> np.ndarray:
     """Logits (rows, V) of transformers' own model without a cache."""
-    model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    # eager: sdpa leaves out the softcap of attention scores.
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(folder, **options).eval()
     cap = getattr(model.config.text_config, "final_logit_softcapping", None)
     with torch.inference_mode():
         hidden = model.model.language_model(inputs_embeds=torch.from_numpy(embeds)[None]).last_hidden_state
@@ -129,6 +134,17 @@ def test_every_linear_layer_is_counted_and_at_its_precision(make_tiny: MakeTiny,
     assert len(graph.node) == 16 + 7 + 3 + 6 + 2 + 1
     assert part.files == ("onnx/language_model.onnx", "onnx/language_model.onnx.data")
     assert part.precision == "int4:g16"
+
+
+def test_head_sizes_that_onnx_runtime_cannot_attend_with_are_refused_before_work(make_tiny: MakeTiny) -> None:
+    fine = load_model(make_tiny()).spec
+    requires(parse_recipe("int4"), fine)
+    odd = dataclasses.replace(fine, language=dataclasses.replace(fine.language, head_dim=24))
+    with pytest.raises(CheckpointError, match=r"multiples of 16.*head_dim is 24"):
+        requires(parse_recipe("int4"), odd)
+    partial = dataclasses.replace(fine.language, rope=dataclasses.replace(fine.language.rope, dim=8))
+    with pytest.raises(CheckpointError, match="rotated channels are 8"):
+        requires(parse_recipe("int4"), dataclasses.replace(fine, language=partial))
 
 
 def test_the_graph_says_which_checkpoint_it_is_from(make_tiny: MakeTiny, tmp_path: Path) -> None:

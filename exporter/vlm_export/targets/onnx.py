@@ -12,6 +12,7 @@ from vlm_export.onnx.linear import Linears
 from vlm_export.onnx.trace import trace
 from vlm_export.target import Progress
 from vlm_models.checkpoint import Checkpoint
+from vlm_models.errors import CheckpointError
 from vlm_models.language import walk
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
@@ -22,7 +23,15 @@ ENGINE = "onnx"
 
 
 def requires(recipe: Recipe, spec: VLMSpec) -> None:
-    """Every precision is taken by every part."""
+    """Every part takes every precision; GroupQueryAttention takes heads and rotations of multiples of 16 channels.
+
+    Raises CheckpointError for a language model of other sizes.
+    """
+    language = spec.language
+    ropes = [rope.dim for rope in (language.rope, language.rope_local) if rope is not None]
+    for what, size in (("its head_dim is", language.head_dim), *(("its rotated channels are", dim) for dim in ropes)):
+        if size % 16:
+            raise CheckpointError(f"target 'onnx' takes attention heads of multiples of 16 channels; {what} {size}")
 
 
 def build(model: Model, recipe: Recipe, root: Path, *, max_context: int, progress: Progress) -> dict[str, Part]:
