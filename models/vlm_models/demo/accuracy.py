@@ -19,8 +19,7 @@ from vlm_models.demo.scenes import QUESTION_KINDS, make_scene, questions
 
 EXTRA = "describe"  # reported, but not part of the mean: it is a whole sentence
 LONGEST = {EXTRA: 60}  # tokens; every other answer has at most three
-"""Share of exact answers, by question kind, over how many questions."""
-Scores = dict[str, tuple[float, int]]
+Scores = dict[str, tuple[float, int]]  # question kind -> (share of exact answers, questions)
 
 
 def measure(checkpoint: Path, pictures: int, shuffle: bool = False, batch: int = 32) -> Scores:

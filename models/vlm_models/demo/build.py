@@ -49,6 +49,8 @@ def build_demo(output: Path, weights: Path = WEIGHTS) -> None:
             processor.image_processor.save_pretrained(draft)  # preprocessor_config.json, which older readers look for
             make_scene(SAMPLE_SEED, "test")[0].save(draft / "sample.png")
             shutil.copyfile(CARD, draft / "README.md")
+            for path in draft.iterdir():
+                path.chmod(0o644)  # safetensors writes for the owner alone
             draft.chmod(0o755)
             draft.replace(output)  # an empty folder may be replaced
         except BaseException:

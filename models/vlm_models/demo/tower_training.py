@@ -70,12 +70,12 @@ def labelled_batch(first: int, count: int, split: str) -> tuple[Tensor, Tensor]:
 
 def word_table(language_model: Any, tokenizer: Any) -> list[Tensor]:
     """Unit directions (words, 576) of each attribute's words among the language model's embeddings."""
-    embeddings = language_model.get_input_embeddings().weight.float()
+    embeddings: Tensor = language_model.get_input_embeddings().weight.float()
     mean = embeddings.mean(0)
 
     def direction(text: str) -> Tensor:
-        rows: Tensor = embeddings[tokenizer(text, add_special_tokens=False).input_ids]
-        return rows.mean(0) - mean
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        return embeddings[ids].mean(0) - mean
 
     return [F.normalize(torch.stack([direction(word) for word in words]), dim=1) for words in WORDS]
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="folder of the resumable state")
     parser.add_argument("--tower-steps", type=int, default=800)
-    parser.add_argument("--answer-steps", type=int, default=320)
+    parser.add_argument("--answer-steps", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
