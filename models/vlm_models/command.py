@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -14,8 +15,9 @@ def run(app: typer.Typer) -> None:
 
     Errors other than VLMError are bugs and keep their traceback; Typer itself is quiet when a pipe is closed.
     """
+    name = Path(sys.argv[0]).name  # "vlm-run"; of a module run by python -m it is a file, which click names better
     try:
-        app()
+        app(prog_name=None if name.endswith(".py") else name)
     except VLMError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
