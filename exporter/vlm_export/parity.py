@@ -51,7 +51,7 @@ LOGITS: Mapping[Weights, Limits] = {
     "fp32": {"relative_l2": 1e-4},
     "fp16": {"cosine": 0.999, "kl": 0.01},
     "int8": {"cosine": 0.99, "kl": 0.1},
-    "int4": {"cosine": 0.93, "kl": 1.0},
+    "int4": {"cosine": 0.9, "kl": 1.0},
 }
 COARSER: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 AT_LEAST = ("cosine", "top1")
