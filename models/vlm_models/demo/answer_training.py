@@ -96,7 +96,7 @@ def training_batch(learner: Learner, step: int, rng: random.Random) -> tuple[Ten
     for seed, (_, objects, _) in zip(seeds, scenes, strict=True):
         *short, description = questions(objects, seed)
         described = rng.random() < DESCRIBE_SHARE
-        again = next(q for q in questions(objects, -seed) if q[0] == "yes/no")  # the slowest kind to learn
+        again = next(q for q in questions(objects, seed + 1) if q[0] == "yes/no")  # the slowest kind to learn
         asked = [*rng.sample(short, QUESTIONS[described]), again, *[description] * described]
         rows.append(learner.packer.row([item[1:] for item in asked]))
     return to_pixels(np.stack([pixels for pixels, _, _ in scenes])), collate(rows)
