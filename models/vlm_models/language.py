@@ -97,9 +97,7 @@ def walk(spec: LanguageSpec, emitter: Emitter[T], inputs_embeds: T, *, last_row:
     """Emit the whole decoder; returns the logits, of the last row alone unless `last_row` is false."""
     x = inputs_embeds
     for layer in range(spec.layers):
-        x = _layer(spec, emitter, x, layer)
-    if last_row:
-        x = emitter.last_row(x)
+        x = _layer(spec, emitter, x, layer, last_row=last_row and layer == spec.layers - 1)
     x = emitter.rms_norm(x, _norm(spec, "norm"))
     (logits,) = emitter.linears(x, [head(spec)])
     return emitter.softcap(logits, spec.logit_softcap) if spec.logit_softcap else logits
@@ -111,9 +109,12 @@ def head(spec: LanguageSpec) -> Linear:
     return Linear("lm_head", spec.vocab_size, spec.hidden_size, Rows(tensor, 0, spec.vocab_size))
 
 
-def _layer(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int) -> T:
+def _layer(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int, *, last_row: bool) -> T:
+    """One decoder layer; with `last_row` all rows enter the KV cache, but only the last one goes on."""
     name = f"layers.{layer}"
-    a = _attention(spec, emitter, emitter.rms_norm(x, _norm(spec, f"{name}.input_layernorm")), layer)
+    a = _attention(spec, emitter, emitter.rms_norm(x, _norm(spec, f"{name}.input_layernorm")), layer, last_row)
+    if last_row:
+        x = emitter.last_row(x)
     if spec.post_norms:
         a = emitter.rms_norm(a, _norm(spec, f"{name}.post_attention_layernorm"))
     x = emitter.add(x, a)
@@ -124,7 +125,7 @@ def _layer(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int) -> T:
     return emitter.add(x, m)
 
 
-def _attention(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int) -> T:
+def _attention(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int, last_row: bool) -> T:
     name, hidden, head_dim = f"layers.{layer}.self_attn", spec.hidden_size, spec.head_dim
     sizes = (spec.heads * head_dim, spec.kv_heads * head_dim, spec.kv_heads * head_dim)
     if spec.fused:
@@ -140,6 +141,8 @@ def _attention(spec: LanguageSpec, emitter: Emitter[T], x: T, layer: int) -> T:
     scale = spec.attention_scale or head_dim**-0.5
     attention = Attention(layer, spec.heads, spec.kv_heads, head_dim, scale, spec.attention_softcap, window, rope)
     a = emitter.attention(q, k, v, attention)
+    if last_row:
+        a = emitter.last_row(a)
     (out,) = emitter.linears(a, [_linear(f"{name}.o_proj", hidden, sizes[0], spec.o_bias)])
     return out
 

@@ -94,12 +94,15 @@ def find_engine(name: str) -> Engine:
 
 def thread_count(options: Options) -> int:
     """`options.threads`, or the physical cores that this process may use."""
-    if options.threads is not None:
-        return options.threads
+    return options.threads if options.threads is not None else len(physical_cpus()) or os.cpu_count() or 1
+
+
+def physical_cpus() -> list[int]:
+    """One CPU number for each physical core that this process may use; empty where the system does not say."""
     if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    return len({_siblings(cpu) for cpu in cpus}) or 1
+        return []
+    cores = {_siblings(cpu): cpu for cpu in sorted(os.sched_getaffinity(0), reverse=True)}
+    return sorted(cores.values())
 
 
 def _siblings(cpu: int) -> str:

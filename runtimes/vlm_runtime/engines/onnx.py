@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_models.errors import BundleError, DependencyError, PromptError
-from vlm_runtime.engine import Floats, Options, thread_count
+from vlm_runtime.engine import Floats, Options, physical_cpus, thread_count
 
 if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
@@ -152,7 +152,11 @@ def _session(bundle: Bundle, part: str, options: Options) -> Any:
         raise DependencyError(_no_device(options.device, "this onnxruntime is built without it"))
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
-    settings.intra_op_num_threads, settings.inter_op_num_threads = thread_count(options), 1
+    threads, cpus = thread_count(options), physical_cpus()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    if 1 < threads == len(cpus):  # all cores are ours: workers that stay on theirs decode about 10 % faster
+        workers = ";".join(str(cpu + 1) for cpu in cpus[1:])  # counted from 1; the calling thread is none of them
+        settings.add_session_config_entry("session.intra_op_thread_affinities", workers)
     if part != "language_model":  # it runs once, then its threads must not spin against the decoder's
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     try:
