@@ -130,7 +130,7 @@ def test_the_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in held)
     weights = sum(size for name, size in held.items() if name.endswith(".safetensors"))
     assert weights <= 24e6
-    assert not [name for name in held if name.startswith("tests/") or name.startswith("/")]
+    assert not [name for name in held if name.startswith(("tests/", "/"))]
 
 
 def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
