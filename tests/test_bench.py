@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import transformers
 
 from checkpoints import tiny_llava
 from running import running_bundle
-from vlm_bench import cli, measure, overhead, reference_shape, stages
+from vlm_bench import accuracy, cli, measure, overhead, reference_shape, stages
 from vlm_bench.worker import workers
+from vlm_models.demo.scenes import make_scene
 from vlm_models.errors import BundleError, InputError
 from vlm_models.model import load_model
 
@@ -113,3 +115,17 @@ def test_the_reference_shape_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest
 def test_the_tiny_checkpoints_of_one_seed_are_equal(tiny: Path, tmp_path: Path) -> None:
     again = tiny_llava(tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_accuracy_counts_exact_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Always:
+        def answer(self, question: str, images: object, max_new_tokens: int) -> SimpleNamespace:
+            return SimpleNamespace(text=" Two\n" if "How many" in question else "two")
+
+    monkeypatch.setattr(accuracy.vlm_runtime, "load", lambda bundle: Always())
+    found = accuracy.accuracy(Path("bundle"), 12)
+    twos = sum(len(make_scene(seed, "test")[1]) == 2 for seed in range(12))
+    assert 0 < twos < 12
+    assert found["count"] == twos / 12
+    assert {share for kind, share in found.items() if kind != "count"} == {0.0}
+    assert "describe" not in found
