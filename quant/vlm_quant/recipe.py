@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from vlm_models.errors import RecipeError
+from vlm_quant.gguf_types import GGUF_TYPES
 
-Weights = Literal["fp32", "fp16", "int8", "int4"]
+Weights = Literal["fp32", "fp16", "int8", "int4", "int3", "int2"]
+"""How coarse weights are, finest first. Parity's limits follow it; int3 and int2 come only as a target's own type."""
 
-WEIGHTS: tuple[str, ...] = get_args(Weights)
+WORDS = ("fp32", "fp16", "int8", "int4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PARTS = {
     "vision": "vision",
@@ -22,13 +25,17 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights of one part are stored. `group_size` counts the weights that share one int4 scale."""
+    """How the weights of one part are stored. `group_size` counts the weights that share one int4 scale.
+
+    `format` is a type of one target alone, as GGUF's "q4_k_m"; empty where the target chooses for the word.
+    """
 
     weights: Weights
     group_size: int = 32
+    format: str = ""
 
     def __str__(self) -> str:
-        return f"int4:g{self.group_size}" if self.weights == "int4" else self.weights
+        return self.format or (f"int4:g{self.group_size}" if self.weights == "int4" else self.weights)
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,21 @@ PRESETS = {
 
 
 def parse_recipe(text: str) -> Recipe:
-    """A Recipe from a preset ("int4") or a list ("language=int4:g128,vision=int8").
+    """A Recipe from a preset ("int4") or a list ("language=int4:g128,vision=int8", "language=q4_k_m").
 
-    Parts left out of a list take fp16. Raises RecipeError naming what was given and what is allowed.
+    A type alone ("q4_k_m") is the language model's. Parts left out take fp16. Raises RecipeError naming what was given and what is allowed.
     """
     if text.strip() in PRESETS:
         return PRESETS[text.strip()]
+    if text.strip().lower() in GGUF_TYPES:
+        text = f"language={text.strip()}"
     parts: dict[str, Precision] = {}
     for item in text.split(","):
         name, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals:
             raise RecipeError(
                 f"unknown precision {text!r}: choose one of {', '.join(PRESETS)}, "
-                "or name parts as in 'language=int4:g32,vision=int8'"
+                "or name parts as in 'language=int4:g32,vision=int8' or 'language=q4_k_m'"
             )
         if name not in PARTS:
             raise RecipeError(f"unknown part {name!r} in precision {text!r}: choose of vision, projector, language")
@@ -76,9 +85,14 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _precision(value: str, text: str) -> Precision:
+    if value.lower() in GGUF_TYPES:
+        return Precision(GGUF_TYPES[value.lower()].weights, format=value.lower())
     weights, colon, group = value.partition(":")
-    if weights not in WEIGHTS:
-        raise RecipeError(f"unknown precision {value!r} in {text!r}: choose of {', '.join(WEIGHTS)}, int4:g64")
+    if weights not in WORDS:
+        raise RecipeError(
+            f"unknown precision {value!r} in {text!r}: choose of {', '.join(WORDS)}, int4:g64; "
+            f"for target gguf also {', '.join(GGUF_TYPES)}"
+        )
     if not colon:
         return Precision(cast(Weights, weights))
     sizes = {f"g{size}": size for size in GROUP_SIZES}
@@ -87,3 +101,14 @@ def _precision(value: str, text: str) -> Precision:
             f"precision {value!r} in {text!r} has no such group: only int4 has groups, of {', '.join(sizes)}"
         )
     return Precision("int4", sizes[group])
+
+
+def refuse_formats(recipe: Recipe, parts: Iterable[str], target: str) -> None:
+    """Raise RecipeError where one of `parts` ("language_model", …) has a type that only another target knows."""
+    for part in parts:
+        precision: Precision = getattr(recipe, PARTS[part])
+        if precision.format:
+            raise RecipeError(
+                f"target {target!r} has no precision {precision.format!r} for the {PARTS[part]} part: "
+                f"choose of {', '.join(WORDS)}"
+            )
