@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_models.demo import cli, scenes
 from vlm_models.errors import DependencyError, InputError
+from vlm_quant.calibration import read_pairs
 
 SEEDS = range(60)
 
@@ -85,6 +87,17 @@ def test_yes_and_no_are_balanced() -> None:
     asked = [scenes.questions(scenes.make_scene(seed, "test")[1], seed) for seed in range(400)]
     answers = [answer for items in asked for kind, _, answer in items if kind == "yes/no"]
     assert 0.4 < answers.count("Yes") / len(answers) < 0.6
+
+
+def test_calibration_pictures_are_of_neither_training_nor_test(tmp_path: Path) -> None:
+    pairs = read_pairs(scenes.write_calibration(tmp_path).parent).pairs
+    held = {Image.open(pair.image).tobytes() for pair in pairs}
+    assert len(held) == 64
+    assert not held & {picture(seed, split) for seed in range(300) for split in ("train", "test")}
+    _, objects = scenes.make_scene(5, "calibration")
+    wanted = [(question, answer) for _, question, answer in scenes.questions(objects, 5)]
+    assert [(pair.prompt, pair.answer) for pair in pairs if pair.image.name == "05.png"] == wanted
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_000_000
 
 
 def test_pairs_are_written_beside_their_pictures(tmp_path: Path) -> None:

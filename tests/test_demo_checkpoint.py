@@ -53,6 +53,7 @@ def test_the_folder_is_complete_and_nothing_is_left_beside_it(checkpoint: Path) 
         "chat_template.jinja",
         "README.md",
         "sample.png",
+        "calibration",
     }
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
@@ -110,5 +111,6 @@ def test_the_same_weights_every_time(checkpoint: Path, tmp_path: Path) -> None:
     from vlm_models.demo.build import build_demo
 
     build_demo(tmp_path / "again")
-    for path in checkpoint.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    for path in (path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint)
+        assert path.read_bytes() == (tmp_path / "again" / name).read_bytes(), name

@@ -25,7 +25,7 @@ from vlm_models.demo.parts import (
     llava_config,
     load_language_model,
 )
-from vlm_models.demo.scenes import SIZE, make_scene
+from vlm_models.demo.scenes import SIZE, make_scene, write_calibration
 from vlm_models.demo.template import CHAT_TEMPLATE
 from vlm_models.errors import InputError
 
@@ -51,6 +51,7 @@ def build_demo(output: Path, weights: Path = WEIGHTS) -> None:
             shutil.copyfile(CARD, draft / "README.md")
             for path in draft.iterdir():
                 path.chmod(0o644)  # safetensors writes for the owner alone
+            write_calibration(draft / "calibration")
             draft.chmod(0o755)
             draft.replace(output)  # an empty folder may be replaced
         except BaseException:

@@ -1,6 +1,6 @@
 """The demo world: pictures of one to three coloured shapes or digits, with questions whose answers are known.
 
-A picture is a pure function of (split, seed): the splits "train" and "test" never share a random stream.
+A picture is a pure function of (split, seed): the splits "train", "test" and "calibration" never share a random stream.
 """
 
 import argparse
@@ -173,6 +173,23 @@ def write_pairs(folder: Path, count: int, split: str = "test") -> Path:
             for kind, question, answer in questions(objects, seed):
                 row = {"image": name, "question": question, "answer": answer, "kind": kind}
                 lines.write(json.dumps(row) + "\n")
+    return path
+
+
+def write_calibration(folder: Path, count: int = 64) -> Path:
+    """Write `count` pictures and calibration.jsonl (image, prompt, answer), a question a line; return its path.
+
+    The pictures are drawn as those for training, from seeds that neither training nor the held-out sets use.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "calibration.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for seed in range(count):
+            image, objects = make_scene(seed, "calibration")
+            name = f"{seed:02d}.png"
+            image.save(folder / name)
+            for _, question, answer in questions(objects, seed):
+                lines.write(json.dumps({"image": name, "prompt": question, "answer": answer}) + "\n")
     return path
 
 
