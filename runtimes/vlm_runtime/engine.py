@@ -19,16 +19,23 @@ if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
 
 Floats = NDArray[np.float32]
+KVCache = Literal["f32", "f16", "q8_0"]
+KV_CACHES: tuple[KVCache, ...] = ("f32", "f16", "q8_0")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How engines run: `threads` (None: one per physical core), rows per prefill step, context wanted, device."""
+    """How engines run: `threads` (None: one per physical core), rows per prefill step, context wanted, device.
+
+    `kv_cache` is the type of keys and values, `flash_attention` fuses attention; None leaves it to the engine.
+    """
 
     threads: int | None = None
     prefill_chunk: int = 512
     max_context: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    kv_cache: KVCache | None = None
+    flash_attention: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "prefill_chunk", "max_context"):
@@ -37,6 +44,8 @@ class Options:
                 raise InputError(f"{name} is {value}: it must be 1 or more")
         if self.device not in ("cpu", "cuda"):
             raise InputError(f"unknown device {self.device!r}: choose one of cpu, cuda")
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise InputError(f"unknown KV cache type {self.kv_cache!r}: choose one of {', '.join(KV_CACHES)}")
 
 
 class Encoder(Protocol):
