@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import vlm_export
 from vlm_export.cli import main
-from vlm_export.target import find_target
+from vlm_export.target import Job, find_target
 from vlm_runtime.manifest import Part, read_manifest
 
 
@@ -72,11 +71,11 @@ def exported(checkpoint: Path, made: pytest.TempPathFactory) -> Path:
 def copy_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let target onnx copy the parts of `bundle`, whatever the precision: tracing takes most of the time."""
 
-    def build(model: Any, recipe: Any, root: Path, *, max_context: int, progress: Any) -> dict[str, Part]:
+    def build(job: Job) -> dict[str, Part]:
         for part in ("language_model", "projector", "vision_encoder"):
-            progress(part, 0, 1)
-            progress(part, 1, 1)
-        shutil.copytree(bundle / "onnx", root / "onnx")
+            job.progress(part, 0, 1)
+            job.progress(part, 1, 1)
+        shutil.copytree(bundle / "onnx", job.root / "onnx")
         return {name: engines["onnx"] for name, engines in read_manifest(bundle).parts.items()}
 
     monkeypatch.setattr(find_target("onnx"), "build", build)

@@ -236,7 +236,8 @@ def test_the_disk_estimate_covers_what_is_written(tiny: Path, precision: str) ->
     model = load_model(tiny)
     sizes = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
     weights = sum(int(np.prod(model.checkpoint.shape(n))) for n in model.checkpoint.names())
-    needed = preflight.bytes_needed(model.checkpoint, model.spec, parse_recipe(precision), ["onnx"], False)
+    parts = ["vision_encoder", "projector", "language_model"]
+    needed = preflight.bytes_needed(model, parse_recipe(precision), {"onnx": parts}, False)
     assert needed > weights * sizes[precision]
-    twice = preflight.bytes_needed(model.checkpoint, model.spec, parse_recipe(precision), ["onnx", "gguf"], False)
+    twice = preflight.bytes_needed(model, parse_recipe(precision), {"onnx": parts, "gguf": parts[-1:]}, False)
     assert 1 < twice / needed < 2

@@ -11,7 +11,6 @@ import sys
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jsonschema
 import numpy as np
@@ -23,14 +22,14 @@ from safetensors.numpy import load_file
 import vlm_export
 from conftest import MakeTiny
 from exporting import copy_parts, exported
-from vlm_export import golden, parity, shared
-from vlm_export.target import find_target, silent, target_names
+from vlm_export import golden, parity, preflight, shared
+from vlm_export.target import Job, find_target, silent, target_names
 from vlm_models.checkpoint import open_checkpoint
 from vlm_models.errors import CheckError, CheckpointError, DependencyError, InputError
 from vlm_models.family import read_spec
 from vlm_runtime.bundle import open_bundle
 from vlm_runtime.embedding import EmbeddingTable
-from vlm_runtime.engine import find_engine
+from vlm_runtime.engine import engine_names, find_engine
 from vlm_runtime.image import open_image, preprocess
 from vlm_runtime.manifest import Part, read_manifest
 from vlm_runtime.prompt import Tokenizer, expand
@@ -53,20 +52,28 @@ def copied(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def other_target(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A second target "other", whose parts are one small file each; `fails` makes its build raise."""
 
-    def build(model: Any, recipe: Any, root: Path, **options: Any) -> dict[str, Part]:
+    def build(job: Job) -> dict[str, Part]:
         if target.fails is not None:
             raise target.fails
-        (root / "other").mkdir()
+        (job.root / "other").mkdir()
         parts = {}
-        for part in ("vision_encoder", "projector", "language_model"):
-            (root / "other" / part).write_text(part)
+        for part in job.parts:
+            (job.root / "other" / part).write_text(part)
             parts[part] = Part(f"other/{part}", (f"other/{part}",), "fp16")
-        target.context = options["max_context"]
+        target.context = job.max_context
         return parts
 
-    target = SimpleNamespace(ENGINE="other", requires=lambda recipe, spec: None, build=build, fails=None, context=0)
-    find = LINE.find_target  # type: ignore[attr-defined]
-    monkeypatch.setattr(LINE, "find_target", lambda name: target if name == "other" else find(name))
+    target = SimpleNamespace(
+        ENGINES=dict.fromkeys(("vision_encoder", "projector", "language_model"), "other"),
+        requires=lambda *_: None,
+        bytes_needed=lambda *_: 1000,
+        build=build,
+        fails=None,
+        context=0,
+    )
+    find = find_target
+    for module in (LINE, preflight):
+        monkeypatch.setattr(module, "find_target", lambda name: target if name == "other" else find(name))
     return target
 
 
@@ -272,9 +279,9 @@ def test_targets_are_found_by_file_name() -> None:
     assert "onnx" in target_names()
     for name in target_names():
         target = find_target(name)
-        assert isinstance(target.ENGINE, str)
-        assert callable(target.requires)
-        assert callable(target.build)
+        assert set(target.ENGINES) == {"vision_encoder", "projector", "language_model"}
+        assert set(target.ENGINES.values()) <= {*target_names(), *engine_names()}
+        assert all(callable(f) for f in (target.requires, target.bytes_needed, target.build, target.checks))
 
 
 @pytest.mark.usefixtures("copied")

@@ -148,13 +148,13 @@ def test_every_linear_layer_is_counted_and_at_its_precision(make_tiny: MakeTiny,
 
 def test_head_sizes_that_onnx_runtime_cannot_attend_with_are_refused_before_work(make_tiny: MakeTiny) -> None:
     fine = load_model(make_tiny()).spec
-    requires(parse_recipe("int4"), fine)
+    requires(parse_recipe("int4"), fine, ["language_model"], 64)
     odd = dataclasses.replace(fine, language=dataclasses.replace(fine.language, head_dim=24))
     with pytest.raises(CheckpointError, match=r"multiples of 16.*head_dim is 24"):
-        requires(parse_recipe("int4"), odd)
+        requires(parse_recipe("int4"), odd, ["language_model"], 64)
     partial = dataclasses.replace(fine.language, rope=dataclasses.replace(fine.language.rope, dim=8))
     with pytest.raises(CheckpointError, match="rotated channels are 8"):
-        requires(parse_recipe("int4"), dataclasses.replace(fine, language=partial))
+        requires(parse_recipe("int4"), dataclasses.replace(fine, language=partial), ["language_model"], 64)
 
 
 def test_the_graph_says_which_checkpoint_it_is_from(make_tiny: MakeTiny, tmp_path: Path) -> None:

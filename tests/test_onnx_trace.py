@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import MakeTiny
+from vlm_export.target import Job
 from vlm_export.targets.onnx import build
 from vlm_models.model import Model, load_model
 from vlm_quant.recipe import parse_recipe
@@ -25,7 +26,7 @@ LIST: dict[str, Any] = {"feature_layer": [-2, -1], "projector_bias": False}
 
 def exported(model: Model, folder: Path, weights: str) -> Mapping[str, Part]:
     recipe = parse_recipe(f"vision={weights},projector={weights}")
-    return build(model, recipe, folder, max_context=32, progress=lambda *_: None)
+    return build(Job(model, recipe, folder, 32, ("vision_encoder", "projector", "language_model")))
 
 
 def run(folder: Path, part: str, feed: str, values: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from vlm_export.export import export
-from vlm_export.table import Stages, parity_table, size
+from vlm_export.table import Stages, notes, parity_table, size
 from vlm_models.command import run
 from vlm_models.errors import BundleError, CheckError
 from vlm_runtime.manifest import Manifest, read_manifest
@@ -30,6 +30,7 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 * `vlm-export llava-1.5-7b-hf --target onnx -o llava-onnx` (a folder or a hub id)
 * `vlm-export ./checkpoint --target onnx -o small --precision int4`
 * `vlm-export ./checkpoint --target onnx -o mixed --precision language=int4:g128,vision=int8`
+* `vlm-export ./checkpoint --target gguf -o phone --precision language=q4_k_m --calibration pictures/`
 * then: `vlm-run llava-onnx --image cat.png "What is this?"`
 
 **Exit codes:** 0 done; 1 written, but too far from the checkpoint; 2 bad input, nothing written;
@@ -43,7 +44,8 @@ def command(
         str, typer.Argument(help="The model: a Hugging Face folder with config.json, or a hub id like org/model.")
     ],
     target: Annotated[
-        list[str], typer.Option("--target", "-t", help="What to export to (onnx); repeat for several in one bundle.")
+        list[str],
+        typer.Option("--target", "-t", help="What to export to (onnx, gguf); repeat for several in one bundle."),
     ],
     output: Annotated[
         Path,
@@ -52,8 +54,20 @@ def command(
         ),
     ],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8, int4, or by part: language=int4:g128,vision=int8,projector=fp16.")
+        str,
+        typer.Option(
+            help="fp32, fp16, int8, int4, or by part: language=int4:g128,vision=int8,projector=fp16; "
+            "for gguf also its own types: language=q4_k_m."
+        ),
     ] = "fp16",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="CHECKPOINT/calibration, if there",
+            help="Image-text pairs that weigh what matters: a folder of pictures with prompts (cat.png, cat.txt), "
+            "JSONL with image and prompt, or LLaVA-format JSON.",
+        ),
+    ] = None,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -66,6 +80,9 @@ def command(
         typer.Option("--check/--no-check", help="Compare the bundle with the checkpoint (minutes for large models)."),
     ] = True,
     greedy_tokens: Annotated[int, typer.Option(help="Tokens of the answer to compare.")] = 32,
+    gguf_tokenizer: Annotated[
+        str, typer.Option(help="checked, or none: a GGUF without vocabulary, for vlm-run but not for llama-server.")
+    ] = "checked",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")
     ] = False,
@@ -83,6 +100,8 @@ def command(
                 max_context=max_context,
                 check=check,
                 greedy_tokens=greedy_tokens,
+                calibration=calibration,
+                gguf_tokenizer=gguf_tokenizer,
                 progress=stages,
             )
         except CheckError as error:
@@ -128,6 +147,8 @@ def _show(console: Console, output: Path, manifest: Manifest, targets: list[str]
     for name in targets:
         if name in manifest.parity:
             console.print(parity_table(name, manifest.parity[name]))
+            for note in notes(manifest, name):
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
         else:
             console.print(f"{name}: parity: not measured")
     total = sum(entry.bytes for entry in manifest.files.values())

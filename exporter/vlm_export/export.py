@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export import golden, parity, preflight, shared, write
 from vlm_export.reference import compute_reference, prompt_ids
-from vlm_export.target import Progress, Target, find_target, not_installed, silent
+from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_models.errors import CheckError, InputError
+from vlm_quant.calibration import Calibration, read_pairs
+from vlm_quant.recipe import PARTS as RECIPE_PARTS
 from vlm_quant.recipe import Recipe, parse_recipe
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.engine import find_engine
@@ -22,7 +24,7 @@ from vlm_runtime.manifest import Manifest, Part
 if TYPE_CHECKING:
     from vlm_models.model import Model
 
-_TOOLS = ("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+_TOOLS = ("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "numpy")
 
 
 def export(
@@ -34,14 +36,19 @@ def export(
     max_context: int | None = None,
     check: bool = True,
     greedy_tokens: int = 32,
+    calibration: str | Path | None = None,
+    gguf_tokenizer: str = "checked",
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
 
     `checkpoint`: a Hugging Face folder or hub id. `output`: a new folder, or a bundle of the same checkpoint to which
-    targets are added. `precision`: "fp32", "fp16", "int8", "int4" or parts as in "language=int4:g128,vision=int8".
+    targets are added. `precision`: "fp32", "fp16", "int8", "int4", parts as in "language=int4:g128,vision=int8", or a
+    target's own type as in "language=q4_k_m".
     `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
-    `greedy_tokens` tokens beside the checkpoint. `progress(stage, done, of)` is called all along.
+    `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
+    by default the checkpoint's own folder calibration/ where it has one. `gguf_tokenizer` "none" leaves the vocabulary
+    out of a GGUF. `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -49,24 +56,27 @@ def export(
     chosen = {name: find_target(name) for name in ([targets] if isinstance(targets, str) else targets)}
     recipe, output = parse_recipe(precision), Path(output).expanduser()
     model = _load(checkpoint, output, chosen)
-    for target in chosen.values():
-        target.requires(recipe, model.spec)
-        if check:
-            find_engine(target.ENGINE).available()
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
+    steps = _steps(chosen, recipe, base)
+    for name, parts in steps.items():
+        find_target(name).requires(recipe, model.spec, parts, context)
+    for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
+        find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
-    preflight.disk(output, preflight.bytes_needed(model.checkpoint, model.spec, recipe, list(chosen), base is not None))
+    preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None))
+    pairs = _calibration(model, calibration)
     preflight.finite(model.checkpoint, progress)
 
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
-        for name, target in chosen.items():
-            watch = _named(progress, name, len(chosen))
-            parts = target.build(model, recipe, folder, max_context=context, progress=watch)
-            manifest = _with_target(manifest, name, target.ENGINE, parts, recipe)
+        job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, progress)
+        jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
+        for name, one in jobs.items():
+            manifest = _with_parts(manifest, name, find_target(name).build(one))
+        manifest = replace(manifest, recipes={**manifest.recipes, **dict.fromkeys(chosen, str(recipe))})
         if check:
-            manifest = _checked(model, manifest, folder, chosen, recipe, prompt, greedy_tokens, progress)
+            manifest = _checked(manifest, chosen, jobs, recipe, prompt, greedy_tokens)
         new = write.files_in(folder) - set(manifest.files)
         manifest = replace(manifest, files={**manifest.files, **write.hash_files(folder, new, progress)})
         write.publish(folder, output, manifest)
@@ -74,6 +84,35 @@ def export(
         if (problem := parity.failure(manifest.parity[name], recipe)) is not None:
             raise CheckError(f"{problem} (the bundle is written to {output})")
     return manifest
+
+
+def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) -> dict[str, list[str]]:
+    """Target → the parts it has to build, each once and none that the bundle holds already.
+
+    Raises InputError where the bundle holds a part at another precision than is asked for now.
+    """
+    steps: dict[str, list[str]] = {}
+    for target in chosen.values():
+        for part, engine in target.ENGINES.items():
+            held = base.parts.get(part, {}).get(engine) if base else None
+            asked = str(getattr(recipe, RECIPE_PARTS[part]))
+            if held is not None and held.precision != asked:
+                word = RECIPE_PARTS[part]
+                raise InputError(
+                    f"the bundle holds the {part} for {engine} at {held.precision}, not {asked}: "
+                    f"add {word}={held.precision} to --precision, or choose another -o"
+                )
+            if held is None and part not in steps.setdefault(engine, []):
+                steps[engine].append(part)
+    return {name: parts for name, parts in steps.items() if parts}
+
+
+def _calibration(model: Model, path: str | Path | None) -> Calibration | None:
+    """The pairs given, or those that the checkpoint brings along."""
+    own = model.checkpoint.folder / "calibration"
+    if path is None and not own.is_dir():
+        return None
+    return read_pairs(own if path is None else Path(path).expanduser())
 
 
 def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) -> Model:
@@ -130,34 +169,32 @@ def _with_base(base: Manifest, output: Path, folder: Path) -> Manifest:
     return replace(base, created=_now(), tools=_tools())
 
 
-def _with_target(manifest: Manifest, target: str, engine: str, parts: Mapping[str, Part], recipe: Recipe) -> Manifest:
+def _with_parts(manifest: Manifest, engine: str, parts: Mapping[str, Part]) -> Manifest:
     known = manifest.parts
-    return replace(
-        manifest,
-        parts={**known, **{name: {**known.get(name, {}), engine: part} for name, part in parts.items()}},
-        recipes={**manifest.recipes, target: str(recipe)},
-    )
+    new = {name: {**known.get(name, {}), engine: part} for name, part in parts.items()}
+    return replace(manifest, parts={**known, **new})
 
 
 def _checked(
-    model: Model,
     manifest: Manifest,
-    folder: Path,
     chosen: Mapping[str, Target],
+    jobs: Mapping[str, Job],
     recipe: Recipe,
     prompt: str,
     tokens: int,
-    progress: Progress,
 ) -> Manifest:
     """The manifest with the parity of each target, and the golden vectors beside it."""
+    job = next(iter(jobs.values()))
+    model, folder, progress = job.model, job.root, job.progress
     bundle, picture = Bundle(folder.resolve(), manifest), golden.write_picture(folder)
-    runners = {name: parity.Runner(bundle, target.ENGINE, picture, prompt) for name, target in chosen.items()}
+    runners = {name: parity.Runner(bundle, target.ENGINES, picture, prompt) for name, target in chosen.items()}
     draft = next(iter(runners.values())).draft
     reference = compute_reference(model, picture, prompt, tokens=tokens, draft=draft, progress=progress)
-    measured: dict[str, Any] = {
-        name: parity.measure(runner, reference, recipe, _named(progress, name, len(runners)))
-        for name, runner in runners.items()
-    }
+    measured: dict[str, Any] = {}
+    for name, runner in runners.items():
+        measured[name] = parity.measure(runner, reference, recipe, _named(progress, name, len(runners)))
+        written = {part: manifest.parts[part][engine] for part, engine in chosen[name].ENGINES.items()}
+        measured[name] |= chosen[name].checks(jobs.get(name, job), written, reference)
     if manifest.golden is None:
         golden.write_vectors(folder, reference)
     return replace(manifest, golden=golden.VECTORS, parity={**manifest.parity, **measured})

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -46,22 +46,26 @@ ROWS: Mapping[Weights, Limits] = {
     "fp16": {"cosine": 0.999},
     "int8": {"cosine": 0.99},
     "int4": {"cosine": 0.93},
+    "int3": {"cosine": 0.85},
+    "int2": {"cosine": 0.7},
 }
 LOGITS: Mapping[Weights, Limits] = {
     "fp32": {"relative_l2": 1e-4},
     "fp16": {"cosine": 0.999, "kl": 0.01},
     "int8": {"cosine": 0.99, "kl": 0.1},
     "int4": {"cosine": 0.9, "kl": 1.0},
+    "int3": {"cosine": 0.8, "kl": 2.0},
+    "int2": {"cosine": 0.6, "kl": 4.0},
 }
-COARSER: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
+COARSER: tuple[Weights, ...] = get_args(Weights)
 AT_LEAST = ("cosine", "top1")
 
 
 class Runner:
-    """The parts of a bundle on one engine, opened when first needed, and what they make of a picture and a prompt."""
+    """The parts of a bundle, each on its engine, opened when first needed, and what they make of picture and prompt."""
 
-    def __init__(self, bundle: Bundle, engine: str, picture: Path, prompt: str) -> None:
-        self.bundle, self.engine, self.prompt = bundle, engine, prompt
+    def __init__(self, bundle: Bundle, engines: Mapping[str, str], picture: Path, prompt: str) -> None:
+        self.bundle, self.engines, self.prompt = bundle, engines, prompt
         self.pixel_values: Floats = preprocess(open_image(picture), bundle.spec.preprocess)
         self.table = EmbeddingTable(bundle)
 
@@ -80,7 +84,7 @@ class Runner:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return find_engine(self.engine).decoder(self.bundle, Options())
+        return find_engine(self.engines["language_model"]).decoder(self.bundle, Options())
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """(len(tokens) + 1, V): after the prompt, and after each of `tokens`."""
@@ -100,7 +104,7 @@ class Runner:
         return out
 
     def _encode(self, part: str, x: Floats) -> Floats:
-        rows: Floats = find_engine(self.engine).encoder(self.bundle, part, Options()).run(x[None])[0]
+        rows: Floats = find_engine(self.engines[part]).encoder(self.bundle, part, Options()).run(x[None])[0]
         return rows
 
 

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_export.table import size
-from vlm_export.target import Progress, silent
+from vlm_export.target import Progress, find_target, silent
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.spec import VLMSpec
-from vlm_quant.recipe import Precision, Recipe
 from vlm_runtime.manifest import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from vlm_models.model import Model
+    from vlm_quant.recipe import Recipe
 
 DEFAULT_CONTEXT = 4096
 _EMBEDDING = "language_model.embed_tokens.weight"
 _BLOCK = 1 << 17  # numbers looked at in one go: they stay in the second-level cache
 _ROWS = 1 << 25  # numbers after which the progress moves
 _MARGIN = 1.02
+_PREFIXES = {
+    "vision_encoder": ("vision_tower",),
+    "projector": ("multi_modal_projector",),
+    "language_model": ("language_model", "lm_head"),
+}
 # Bit pattern of +infinity: every NaN and infinity has at least these bits below its sign.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
@@ -91,28 +99,19 @@ def disk(output: Path, needed: int) -> None:
         raise InputError(f"the export needs {size(needed)} in {place}, which has {size(free)} free; choose another -o")
 
 
-def bytes_needed(checkpoint: Checkpoint, spec: VLMSpec, recipe: Recipe, targets: Sequence[str], shared: bool) -> int:
-    """Bytes that an export will write: each target's parts, and the shared files unless they are there already."""
-    precisions = {
-        "vision_tower": recipe.vision,
-        "multi_modal_projector": recipe.projector,
-        "language_model": recipe.language,
-        "lm_head": recipe.language,
-    }
-    part = 0.0
-    for name in checkpoint.names():
-        precision = precisions.get(name.split(".", 1)[0])
-        if precision is not None and (name != _EMBEDDING or spec.language.tied):
-            part += math.prod(checkpoint.shape(name)) * bytes_per_weight(precision)
-    table = spec.language.vocab_size * spec.language.hidden_size * ITEM_BYTES[checkpoint.dtype(_EMBEDDING)]
-    return math.ceil(_MARGIN * (part * len(targets) + (0 if shared else table + _golden_bytes(spec))))
+def bytes_needed(model: Model, recipe: Recipe, steps: Mapping[str, Collection[str]], shared: bool) -> int:
+    """Bytes that an export will write: the parts that each target builds, and the shared files unless `shared`."""
+    checkpoint, language = model.checkpoint, model.spec.language
+    parts = sum(find_target(name).bytes_needed(model, recipe, built) for name, built in steps.items())
+    table = language.vocab_size * language.hidden_size * ITEM_BYTES[checkpoint.dtype(_EMBEDDING)]
+    return math.ceil(_MARGIN * (parts + (0 if shared else table + _golden_bytes(model.spec))))
 
 
-def bytes_per_weight(precision: Precision) -> float:
-    """Bytes on disk of one weight, scales and zero points included."""
-    if precision.weights == "int4":
-        return 0.5 + 4.5 / precision.group_size
-    return {"fp32": 4.0, "fp16": 2.0, "int8": 1.1}[precision.weights]
+def weights(model: Model, part: str, *, embedding: bool = False) -> int:
+    """How many numbers a part has; the embedding table counts where it gives the logits too, or with `embedding`."""
+    checkpoint, counted = model.checkpoint, embedding or model.spec.language.tied
+    names = [n for n in checkpoint.names() if n.split(".", 1)[0] in _PREFIXES[part]]
+    return sum(math.prod(checkpoint.shape(n)) for n in names if counted or n != _EMBEDDING)
 
 
 def _golden_bytes(spec: VLMSpec) -> int:

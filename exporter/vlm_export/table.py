@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from vlm_export.parity import AT_LEAST, missed
+from vlm_runtime.manifest import Manifest
 
 _METRICS = {"cosine": "cosine", "max_abs": "max abs", "relative_l2": "rel. l2", "kl": "kl", "top1": "top 1"}
 
@@ -73,6 +74,14 @@ def parity_table(target: str, parity: Mapping[str, Any]) -> Table:
     greedy = parity["greedy"]
     table.caption = f"greedy tokens equal: {greedy['equal']} of {greedy['of']}; reference: {parity['reference']}"
     return table
+
+
+def notes(manifest: Manifest, target: str) -> list[str]:
+    """What a target has to say beyond its numbers: one line for each `note` of its parts and its own checks."""
+    engines = [engine for part in manifest.parts.values() for engine in part.items()]
+    told = [part.details.get("note") for engine, part in engines if engine == target]
+    told += [check.get("note") for check in manifest.parity[target].values() if isinstance(check, Mapping)]
+    return [f"{target}: {note}" for note in dict.fromkeys(told) if isinstance(note, str)]
 
 
 def size(count: float) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from vlm_export import targets
 from vlm_models.errors import DependencyError, InputError
 
 if TYPE_CHECKING:
+    from vlm_export.reference import Reference
     from vlm_models.model import Model
     from vlm_models.spec import VLMSpec
+    from vlm_quant.calibration import Calibration
     from vlm_quant.recipe import Recipe
     from vlm_runtime.manifest import Part
 
@@ -21,18 +24,46 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, of) while work goes on: often, so it must be cheap."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a target has to build: `parts` of `model` ("language_model", …) at the precisions of `recipe`.
+
+    Files go into `root`/<target>/; the KV cache takes `max_context` positions. `calibration` holds image-text pairs, or
+    is None. `gguf_tokenizer` is "checked", or "none", which leaves the vocabulary out of a GGUF.
+    """
+
+    model: Model
+    recipe: Recipe
+    root: Path
+    max_context: int
+    parts: Collection[str]
+    calibration: Calibration | None = None
+    gguf_tokenizer: str = "checked"
+    progress: Progress = lambda stage, done, of: None
+
+
 class Target(Protocol):
-    """What a file of targets/ holds. `ENGINE` is the runtime engine that reads what it writes."""
+    """What a file of targets/ holds.
 
-    ENGINE: str
+    `ENGINES` says which runtime engine runs each part. A part whose engine has another name is built by the target of
+    that name: a GGUF language model stands beside ONNX vision parts.
+    """
 
-    def requires(self, recipe: Recipe, spec: VLMSpec) -> None:
-        """Raise RecipeError for a precision it cannot take, DependencyError for an SDK that is not installed."""
+    ENGINES: Mapping[str, str]
 
-    def build(
-        self, model: Model, recipe: Recipe, root: Path, *, max_context: int, progress: Progress
-    ) -> Mapping[str, Part]:
-        """Write the parts into root/<target>/ and say what was written, with paths relative to root."""
+    def requires(self, recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
+        """Raise RecipeError for a precision that `parts` cannot take, CheckpointError for a model that cannot be
+        expressed, DependencyError for an SDK that is not installed.
+        """
+
+    def bytes_needed(self, model: Model, recipe: Recipe, parts: Collection[str]) -> float:
+        """Bytes on the disk while `parts` are built."""
+
+    def build(self, job: Job) -> Mapping[str, Part]:
+        """Write the parts and say what was written, with paths relative to `job.root`."""
+
+    def checks(self, job: Job, written: Mapping[str, Part], reference: Reference) -> Mapping[str, Any]:
+        """What was measured beyond parity, for `parity.<target>` of the manifest; each with a `note` to show."""
 
 
 def target_names() -> list[str]:

@@ -61,7 +61,8 @@ PRESETS = {
 def parse_recipe(text: str) -> Recipe:
     """A Recipe from a preset ("int4") or a list ("language=int4:g128,vision=int8", "language=q4_k_m").
 
-    A type alone ("q4_k_m") is the language model's. Parts left out take fp16. Raises RecipeError naming what was given and what is allowed.
+    A type alone ("q4_k_m") is the language model's; parts left out take fp16.
+    Raises RecipeError naming what was given and what is allowed.
     """
     if text.strip() in PRESETS:
         return PRESETS[text.strip()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto
 
@@ -10,23 +12,32 @@ from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.language import Edge, OnnxLanguage
 from vlm_export.onnx.linear import Linears
 from vlm_export.onnx.trace import trace
-from vlm_export.target import Progress
+from vlm_export.preflight import weights
+from vlm_export.target import Job, Progress
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language import walk
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
-from vlm_quant.recipe import Precision, Recipe
-from vlm_runtime.manifest import Part
+from vlm_quant.recipe import PARTS as RECIPE_PARTS
+from vlm_quant.recipe import Precision, Recipe, refuse_formats
+from vlm_runtime.manifest import PARTS, Part
+
+if TYPE_CHECKING:
+    from vlm_export.reference import Reference
 
 ENGINE = "onnx"
+ENGINES = dict.fromkeys(PARTS, ENGINE)
 
 
-def requires(recipe: Recipe, spec: VLMSpec) -> None:
+def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
     """Every part takes every precision; GroupQueryAttention takes heads and rotations of multiples of 16 channels.
 
-    Raises CheckpointError for a language model of other sizes.
+    Raises CheckpointError for a language model of other sizes, RecipeError for types of other targets.
     """
+    refuse_formats(recipe, parts, "onnx")
+    if "language_model" not in parts:
+        return
     language = spec.language
     ropes = [rope.dim for rope in (language.rope, language.rope_local) if rope is not None]
     for what, size in (("its head_dim is", language.head_dim), *(("its rotated channels are", dim) for dim in ropes)):
@@ -34,19 +45,33 @@ def requires(recipe: Recipe, spec: VLMSpec) -> None:
             raise CheckpointError(f"target 'onnx' takes attention heads of multiples of 16 channels; {what} {size}")
 
 
-def build(model: Model, recipe: Recipe, root: Path, *, max_context: int, progress: Progress) -> dict[str, Part]:
+def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
+    """The weights at their precisions; the graphs themselves are small."""
+    return sum(weights(model, part) * _bytes_per_weight(getattr(recipe, RECIPE_PARTS[part])) for part in parts)
+
+
+def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[str, Any]:
+    """Nothing beyond parity."""
+    return {}
+
+
+def build(job: Job) -> dict[str, Part]:
     """Write root/onnx/{language_model,projector,vision_encoder}.onnx, one after the other to bound memory."""
-    folder = root / ENGINE
+    model, recipe, progress = job.model, job.recipe, job.progress
+    folder = job.root / ENGINE
     folder.mkdir(parents=True, exist_ok=True)
-    spec = model.spec
-    parts = {}
-    parts["language_model"] = language_model(model.checkpoint, spec, recipe.language, folder, max_context, progress)
+    spec, parts = model.spec, {}
+    if "language_model" in job.parts:
+        precision, context = recipe.language, job.max_context
+        parts["language_model"] = language_model(model.checkpoint, spec, precision, folder, context, progress)
     vision, projector = spec.vision, spec.projector
     features, pixels = (vision.image_tokens, projector.in_features), (3, vision.image_size, vision.image_size)
     for part, load, shape, precision, names in (
         ("projector", model.projector, features, recipe.projector, ("image_features", "image_embeds")),
         ("vision_encoder", model.vision_encoder, pixels, recipe.vision, ("pixel_values", "image_features")),
     ):
+        if part not in job.parts:
+            continue
         progress(part, 0, 1)
         with Graph(folder / f"{part}.onnx", part) as graph:
             linears = Linears(graph, precision)
@@ -71,6 +96,13 @@ def language_model(
         emitter = OnnxLanguage(graph, checkpoint, spec.language, precision, max_context, progress)
         emitter.finish(walk(spec.language, emitter, Edge("inputs_embeds")))
         return _save(graph, spec, "language_model", precision, emitter.linear_layers.tally.details())
+
+
+def _bytes_per_weight(precision: Precision) -> float:
+    """On disk, scales and zero points included."""
+    if precision.weights == "int4":
+        return 0.5 + 4.5 / precision.group_size
+    return {"fp32": 4.0, "fp16": 2.0, "int8": 1.1}[precision.weights]
 
 
 def _save(graph: Graph, spec: VLMSpec, part: str, precision: Precision, details: dict[str, object]) -> Part:
