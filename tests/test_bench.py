@@ -85,10 +85,12 @@ def test_overhead_is_a_share_of_the_token(tmp_path: Path) -> None:
     assert values["own_us"] > 0
 
 
-def test_the_reference_shape_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", reference_shape.VOCAB)
+def test_the_reference_shape_is_a_checkpoint(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own way of writing, on small sizes: transformers finds every tensor, and so do we."""
-    config = reference_shape._config()
-    assert config.text_config.num_hidden_layers == 28
+    config = reference_shape._config(shape)
+    assert config.text_config.num_hidden_layers == {"1.5b": 28, "7b": 32}[shape]
+    tied = config.tie_word_embeddings
     small = {"intermediate_size": 16, "num_attention_heads": 2}
     vision = {**small, "hidden_size": 16}
     text = {**small, "hidden_size": 16, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -97,17 +99,17 @@ def test_the_reference_shape_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest
             setattr(part, name, value)
     config.text_config.layer_types = ["full_attention"]
     config.vision_config.num_hidden_layers = 2
-    monkeypatch.setattr(reference_shape, "_config", lambda: config)
+    monkeypatch.setattr(reference_shape, "_config", lambda _: config)
     monkeypatch.setattr(reference_shape, "_SHARD", 1_000_000)
-    folder = reference_shape.write(tmp_path / "shape")
+    folder = reference_shape.write(tmp_path / "shape", shape=shape)
     assert len(list(folder.glob("*.safetensors"))) > 1
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True
+        folder, dtype=config.dtype, output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
-    assert load_model(folder).spec.prompt.image_token_id == reference_shape.IMAGE_TOKEN_ID
+    assert (model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()) is tied
+    assert load_model(folder).spec.prompt.image_token_id == reference_shape.SPECIAL[shape][3]
     with pytest.raises(InputError, match="exists"):
         reference_shape.write(folder)
 

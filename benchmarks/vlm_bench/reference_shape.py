@@ -1,5 +1,6 @@
-"""`python -m vlm_bench.reference_shape OUT`: CLIP ViT-L/14-336 + MLP + Qwen2-1.5B, 1.85 B random parameters, bf16.
+"""`python -m vlm_bench.reference_shape OUT`: checkpoints of real shapes with random weights, under CLIP ViT-L/14-336.
 
+"1.5b" is Qwen2-1.5B (1.85 B parameters in all, bf16), "7b" LLaVA-1.5-7B (7.06 B, fp16).
 Written tensor by tensor, so that it takes little memory; as transformers' own save_pretrained would spell it.
 """
 
@@ -17,7 +18,9 @@ from rich.console import Console
 from vlm_models.command import run
 from vlm_models.errors import InputError
 
-VOCAB, IMAGE_TOKEN_ID, END_TOKEN_ID = 151936, 151646, 151645
+VOCAB = {"1.5b": 151936, "7b": 32064}
+# begin of text, begin and end of a turn, image
+SPECIAL = {"1.5b": (151643, 151644, 151645, 151646), "7b": (1, 32001, 2, 32000)}
 _SHARD = 2_000_000_000  # bytes
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
@@ -27,21 +30,23 @@ _TEMPLATE = (
 )
 
 
-def write(folder: Path, seed: int = 0) -> Path:
+def write(folder: Path, seed: int = 0, shape: str = "1.5b") -> Path:
     """Write config, weights, tokenizer and processor into a new folder; returns it. Raises InputError if it exists."""
+    if shape not in VOCAB:
+        raise InputError(f"unknown shape {shape!r}: choose one of {', '.join(VOCAB)}")
     if folder.exists():
         raise InputError(f"{folder} exists: give a new folder")
     folder.mkdir(parents=True)
-    config = _config()
+    config = _config(shape)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     _weights(folder, config, seed)
-    _processor(folder)
+    _processor(folder, shape)
     return folder
 
 
-def _config() -> Any:
-    from transformers import CLIPVisionConfig, LlavaConfig, Qwen2Config
+def _config(shape: str) -> Any:
+    from transformers import CLIPVisionConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
         hidden_size=1024,
@@ -52,28 +57,45 @@ def _config() -> Any:
         patch_size=14,
         projection_dim=768,
     )
-    text = Qwen2Config(
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=_text(shape),
+        image_token_index=SPECIAL[shape][3],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=576,
+        tie_word_embeddings=shape == "1.5b",
+        dtype="bfloat16" if shape == "1.5b" else "float16",
+    )
+
+
+def _text(shape: str) -> Any:
+    from transformers import LlamaConfig, Qwen2Config
+
+    begin, _, end, _ = SPECIAL[shape]
+    if shape == "7b":
+        return LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            vocab_size=VOCAB[shape],
+            max_position_embeddings=4096,
+            bos_token_id=begin,
+            eos_token_id=end,
+        )
+    return Qwen2Config(
         hidden_size=1536,
         intermediate_size=8960,
         num_hidden_layers=28,
         num_attention_heads=12,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
+        vocab_size=VOCAB[shape],
         max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         tie_word_embeddings=True,
-        bos_token_id=151643,
-        eos_token_id=END_TOKEN_ID,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN_ID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=576,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
+        bos_token_id=begin,
+        eos_token_id=end,
     )
 
 
@@ -86,13 +108,13 @@ def _tensors(config: Any, seed: int) -> Iterator[tuple[str, Any]]:
         model = LlavaForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name == "lm_head.weight":
-            continue  # tied
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         if p.dim() > 1:
             steps = torch.randint(-127, 128, p.shape, dtype=torch.int8, generator=generator)
-            yield name, steps.to(torch.bfloat16) * (0.02 / 73)
+            yield name, steps.to(config.dtype) * (0.02 / 73)
         else:
-            yield name, torch.full(p.shape, float("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
+            yield name, torch.full(p.shape, float("norm" in name and name.endswith("weight")), dtype=config.dtype)
 
 
 def _weights(folder: Path, config: Any, seed: int) -> None:
@@ -123,15 +145,18 @@ def _weights(folder: Path, config: Any, seed: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
 
 
-def _processor(folder: Path) -> None:
-    """A byte-level tokenizer whose ids fill the vocabulary, with `<image>` and the chat tokens at Qwen2's ids."""
+def _processor(folder: Path, shape: str) -> None:
+    """A byte-level tokenizer whose ids fill the vocabulary, with `<image>` and the chat tokens at the shape's ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    special = {151643: "<|endoftext|>", 151644: "<|im_start|>", END_TOKEN_ID: "<|im_end|>", IMAGE_TOKEN_ID: "<image>"}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    width = math.ceil(math.log10(VOCAB))
-    vocab = {special.get(i, alphabet[i] if i < len(alphabet) else f"<unused{i:0{width}d}>"): i for i in range(VOCAB)}
+    size = VOCAB[shape]
+    special = dict(zip(SPECIAL[shape], ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"), strict=True))
+    free = (i for i in range(size) if i not in special)
+    width = math.ceil(math.log10(size))
+    vocab = {text: i for i, text in special.items()}
+    vocab |= {letter: next(free) for letter in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    vocab |= {f"<unused{i:0{width}d}>": i for i in free}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -143,7 +168,7 @@ def _processor(folder: Path) -> None:
         pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<image>"},
         clean_up_tokenization_spaces=False,
-        model_max_length=32768,
+        model_max_length=4096 if shape == "7b" else 32768,
     )
     LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
@@ -156,9 +181,12 @@ def _processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def command(out: Annotated[Path, typer.Argument(help="A new folder; 3.7 GB.")]) -> None:
-    """Write the reference shape, CLIP ViT-L/14-336 + MLP + Qwen2-1.5B with random weights."""
-    write(out)
+def command(
+    out: Annotated[Path, typer.Argument(help="A new folder; 3.7 GB, or 14 GB for 7b.")],
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(VOCAB)}.")] = "1.5b",
+) -> None:
+    """Write a checkpoint of a real shape with random weights: CLIP ViT-L/14-336 + MLP + Qwen2-1.5B or Llama-2-7B."""
+    write(out, shape=shape)
     Console().print(str(out), highlight=False)
 
 
