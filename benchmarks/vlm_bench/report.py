@@ -19,7 +19,17 @@ from rich.table import Table
 from vlm_bench.measure import Stat, Watch
 
 RESULTS = Path("benchmarks/results")
-_PACKAGES = ("vlm-export", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "torch", "transformers")
+_PACKAGES = (
+    "vlm-export",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "llama-cpp-python",
+    "gguf",
+    "torch",
+    "transformers",
+)
 Results = Mapping[str, Mapping[str, Stat]]
 
 
