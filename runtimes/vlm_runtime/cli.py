@@ -96,6 +96,22 @@ def ask(
             rich_help_panel=_RUNNING,
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Keys and values as f32, f16 or q8_0 (engine gguf); else what fits the weights.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    flash_attention: Annotated[
+        bool | None,
+        typer.Option(
+            "--flash-attention/--no-flash-attention",
+            help="Fused attention or not (engine gguf); else where the KV cache is not f32.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file.", rich_help_panel=_RUNNING)
     ] = True,
@@ -129,7 +145,16 @@ def ask(
 
     split_settings(settings)  # a wrong value shows before a large bundle is read
     _plain_output()
-    vlm = load(bundle, engine=engine, threads=threads, max_context=max_context, device=device, verify=verify)  # type: ignore[arg-type]
+    vlm = load(
+        bundle,
+        engine=engine,
+        threads=threads,
+        max_context=max_context,
+        device=device,  # type: ignore[arg-type]
+        kv_cache=kv_cache,  # type: ignore[arg-type]
+        flash_attention=flash_attention,
+        verify=verify,
+    )
     if prompt is None:
         _chat(vlm, system, list(image or ()), settings)
     elif as_json:

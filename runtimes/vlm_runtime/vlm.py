@@ -15,7 +15,7 @@ from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Spea
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
 from vlm_runtime.embedding import EmbeddingTable
-from vlm_runtime.engine import Decoder, Floats, Options, choose_engines, find_engine
+from vlm_runtime.engine import Decoder, Floats, KVCache, Options, choose_engines, find_engine
 from vlm_runtime.image import open_image, preprocess
 from vlm_runtime.prompt import Tokenizer, expand, render, user_message
 
@@ -34,20 +34,29 @@ def load(
     threads: int | None = None,
     max_context: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    kv_cache: KVCache | None = None,
+    flash_attention: bool | None = None,
     verify: bool = True,
 ) -> VLM:
     """Open the bundle in `folder` with all its parts.
 
     `engine` is one name ("gguf") or one per part ("vision=onnx,language=gguf"); without it each part gets the first
     engine that the bundle holds and this machine can run. `threads`: one per physical core unless given. `max_context`
-    lowers the bundle's own, which saves memory. `verify=False` skips the SHA-256 of the files.
+    lowers the bundle's own, which saves memory. `kv_cache` ("f32", "f16", "q8_0") and `flash_attention` are for engines
+    that have a choice (gguf). `verify=False` skips the SHA-256 of the files.
     Raises BundleError, InputError, or DependencyError where an engine or a device is missing.
     """
     start = time.perf_counter()
     import jinja2  # noqa: F401 - loaded with the bundle, so that the first answer does not wait for it
     import PIL.Image  # noqa: F401
 
-    options = Options(threads=threads, max_context=max_context, device=device)
+    options = Options(
+        threads=threads,
+        max_context=max_context,
+        device=device,
+        kv_cache=kv_cache,
+        flash_attention=flash_attention,
+    )
     bundle = open_bundle(folder, verify=verify)
     vlm = VLM(bundle, choose_engines(bundle, engine), options)
     vlm.load_ms = milliseconds(start)

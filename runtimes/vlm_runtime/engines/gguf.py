@@ -12,6 +12,7 @@ import numpy as np
 from vlm_models.errors import BundleError, InputError, PromptError
 from vlm_runtime import llama
 from vlm_runtime.engine import Encoder, Floats, KVCache, Options, thread_count
+from vlm_runtime.gguf_header import check_language_model, read_header
 
 if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
@@ -35,9 +36,10 @@ def decoder(bundle: Bundle, options: Options) -> GgufDecoder:
     language, part = bundle.spec.language, bundle.part("language_model", NAME)
     exact = part.precision in ("fp32", "f32")
     kv_cache: KVCache = options.kv_cache or ("f32" if exact else "f16")
-    flash = options.flash_attention
+    flash, path = options.flash_attention, bundle.path(part.graph)
+    check_language_model(read_header(path), path, bundle.spec)
     return GgufDecoder(
-        bundle.path(part.graph),
+        path,
         hidden_size=language.hidden_size,
         vocab_size=language.vocab_size,
         max_context=min(options.max_context or bundle.manifest.max_context, bundle.manifest.max_context),
@@ -149,7 +151,7 @@ class GgufDecoder:
         """The logits of the one wanted row; llama.cpp keeps them in one place as long as it does not grow."""
         address = llama.address(self._lib.llama_get_logits_ith(self._ctx, -1))
         if address != self._address:
-            buffer = (ctypes.c_float * self._vocab_size).from_address(address)
+            buffer: Any = (ctypes.c_float * self._vocab_size).from_address(address)
             buffer.owner = self._native  # who holds the logits holds the context
             self._address, self._logits = address, np.frombuffer(buffer, np.float32)
         return self._logits
@@ -176,7 +178,9 @@ class _Native:
     """What llama.cpp allocated, freed with the last object that refers to it."""
 
     def __init__(self, lib: Any, model: int) -> None:
-        self._lib, self.model, self.ctx, self.batch, self._pid = lib, model, None, None, os.getpid()
+        self._lib, self.model, self._pid = lib, model, os.getpid()
+        self.ctx: int | None = None
+        self.batch: Any = None
 
     def open(self, params: Any, chunk: int, hidden_size: int, what: str) -> None:
         """A context and a batch of `chunk` embedding rows, all of sequence 0."""

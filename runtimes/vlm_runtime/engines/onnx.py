@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_models.errors import BundleError, DependencyError, PromptError
+from vlm_models.errors import BundleError, DependencyError, InputError, PromptError
 from vlm_runtime.engine import Floats, Options, physical_cpus, thread_count
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ def encoder(bundle: Bundle, part: str, options: Options) -> OnnxEncoder:
 
 def decoder(bundle: Bundle, options: Options) -> OnnxDecoder:
     """The language model of a bundle, with room for min(asked, bundle's) positions."""
+    if options.kv_cache not in (None, "f32") or options.flash_attention is not None:
+        raise InputError(
+            "engine 'onnx' has an f32 KV cache and no choice of attention: leave out --kv-cache and --flash-attention, "
+            "or use --engine language=gguf"
+        )
     language = bundle.spec.language
     return OnnxDecoder(
         _session(bundle, "language_model", options),
