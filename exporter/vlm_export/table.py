@@ -77,11 +77,12 @@ def parity_table(target: str, parity: Mapping[str, Any]) -> Table:
 
 
 def notes(manifest: Manifest, target: str) -> list[str]:
-    """What a target has to say beyond its numbers: one line for each `note` of its parts and its own checks."""
+    """What a target has to say beyond its numbers: the notes of its parts, and of its own checks."""
     engines = [engine for part in manifest.parts.values() for engine in part.items()]
-    told = [part.details.get("note") for engine, part in engines if engine == target]
-    told += [check.get("note") for check in manifest.parity[target].values() if isinstance(check, Mapping)]
-    return [f"{target}: {note}" for note in dict.fromkeys(told) if isinstance(note, str)]
+    told = [note for engine, part in engines if engine == target for note in part.details.get("notes", ())]
+    checks = [check for check in manifest.parity[target].values() if isinstance(check, Mapping)]
+    told += [check["note"] for check in checks if "note" in check]
+    return [f"{target}: {note}" for note in dict.fromkeys(told)]
 
 
 def size(count: float) -> str:

@@ -63,7 +63,7 @@ class Target(Protocol):
         """Write the parts and say what was written, with paths relative to `job.root`."""
 
     def checks(self, job: Job, written: Mapping[str, Part], reference: Reference) -> Mapping[str, Any]:
-        """What was measured beyond parity, for `parity.<target>` of the manifest; each with a `note` to show."""
+        """What was measured beyond parity, for `parity.<target>` in the manifest: name → record with a `note`."""
 
 
 def target_names() -> list[str]:
