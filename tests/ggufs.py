@@ -10,7 +10,7 @@ import numpy as np
 from running import HEAD, HEADS, HIDDEN, KV, LAYERS
 from vlm_models.spec import VLMSpec
 
-INNER, EPS = 48, 1e-5
+INNER, EPS = 16, 1e-5
 
 
 def weights(vocab: int, arch: str = "llama", seed: int = 0) -> dict[str, np.ndarray]:
