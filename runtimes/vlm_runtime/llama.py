@@ -194,5 +194,5 @@ def _check_structs(module: Any) -> None:
 
 
 def address(pointer: Any) -> int:
-    """The address in a ctypes pointer, 0 for NULL."""
-    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+    """The address in a ctypes pointer, 0 for NULL; `ctypes.cast` would leave a reference cycle at each call."""
+    return ctypes.c_void_p.from_buffer(pointer).value or 0
