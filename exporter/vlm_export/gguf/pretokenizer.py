@@ -13,6 +13,7 @@ from typing import Any
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # built into ByteLevel
 _DIGIT = r"\p{N}"
+_SPACE = "\u2581"
 _CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -90,11 +91,11 @@ class Choice:
     spaces: bool = False
 
 
-def choices(tokenizer: Mapping[str, Any]) -> list[Choice]:
-    """What a tokenizer.json (of a BPE model) may be in llama.cpp, the likely ones first."""
+def choices(tokenizer: Mapping[str, Any], *, prefix: bool) -> list[Choice]:
+    """What a tokenizer.json (of a BPE model) may be in llama.cpp, the likely ones first; `prefix`: of a Target."""
     if has_spaces(tokenizer):
         merged = [Choice("gpt2", "sarvam-moe", spaces=True), Choice("gemma4", "gemma4", spaces=True)]
-        return [Choice("llama", "default", spaces=True), *(merged if not prepends(tokenizer) else [])]
+        return [Choice("llama", "default", spaces=True), *([] if prefix else merged)]
     whole, merged_only = _KNOWN.get(tuple(_splits(tokenizer.get("pre_tokenizer"))), ("", ""))
     likely = whole if tokenizer["model"].get("ignore_merges") else merged_only
     return [Choice("gpt2", name) for name in dict.fromkeys([likely, *_NAMES]) if name]
@@ -104,7 +105,7 @@ def has_spaces(tokenizer: Mapping[str, Any]) -> bool:
     """True where U+2581 stands for a space, as in SentencePiece; False for GPT-2's bytes."""
     steps = [*_flat(tokenizer.get("normalizer")), *_flat(tokenizer.get("pre_tokenizer"))]
     return any(
-        step.get("type") == "Metaspace" or (step.get("type") == "Replace" and step.get("content") == "\u2581")
+        step.get("type") == "Metaspace" or (step.get("type") == "Replace" and step.get("content") == _SPACE)
         for step in steps
     )
 
@@ -119,30 +120,56 @@ def prepends(tokenizer: Mapping[str, Any]) -> bool:
     return False
 
 
-def as_llama_cpp(tokenizer: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer.json without what llama.cpp leaves out whatever a file says, and a sentence for each of these.
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint's tokenizer as far as llama.cpp can be it: llama.cpp has to agree with it everywhere.
 
-    These are limits of llama.cpp: it has to agree with this tokenizer everywhere, and with the checkpoint's own
-    where the limit does not matter.
+    `tokenizer` is the tokenizer.json without what llama.cpp leaves out or always does, `prefix` its add_space_prefix,
+    `notes` a sentence for each such limit; with the checkpoint's own tokenizer it agrees where they do not matter.
+    `described` names the checkpoint's pre-tokenizer.
+    """
+
+    tokenizer: Mapping[str, Any]
+    prefix: bool
+    notes: tuple[str, ...]
+    described: str
+
+
+def target(tokenizer: Mapping[str, Any], *, starts_with_token: bool) -> Target:
+    """What llama.cpp can make of a tokenizer.json; `starts_with_token`: prompts start with a special token.
+
+    Metaspace "first" writes a space before a text unless a special token stands there. llama.cpp writes it always
+    (again after each special token) or never: what the prompts of the checkpoint need.
     """
     out, notes = copy.deepcopy(dict(tokenizer)), []
     if any(step.get("type") == "NFC" for step in _flat(out.get("normalizer"))):
         out["normalizer"] = _without(out["normalizer"], "NFC")
         notes.append("llama.cpp does not compose characters (NFC): decomposed accents get other ids there")
-    (metaspace,) = [s for s in _flat(out.get("pre_tokenizer")) if s.get("type") == "Metaspace"] or [None]
+    metaspace = next((s for s in _flat(out.get("pre_tokenizer")) if s.get("type") == "Metaspace"), None)
+    prefix = prepends(tokenizer)
+    if runs := [token for token in out.get("added_tokens") or [] if _is_blank(token, out)]:
+        out["added_tokens"] = [token for token in out["added_tokens"] if token not in runs]
+        notes.append("llama.cpp reads U+2581 in a text as a space")
     if metaspace is not None:
-        steps: list[dict[str, Any]] = [*_flat(out.get("normalizer"))]
-        if prepends(tokenizer):
-            steps.append({"type": "Prepend", "prepend": "\u2581"})
-            notes.append(
-                "llama.cpp writes a space before every text, also one that starts with a space or follows a special "
-                "token: such texts get other ids there"
-            )
-        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"})
-        split = {"type": "Split", "pattern": {"String": "\u2581"}, "behavior": "MergedWithNext", "invert": False}
+        first = metaspace.get("prepend_scheme") == "first"
+        if prefix and first and starts_with_token:
+            prefix = False
+            notes.append("llama.cpp writes no space before a text that starts without a special token")
+        elif prefix:
+            after = " and after special tokens" if first else ""
+            notes.append(f"llama.cpp writes a space before every text{after}, also where one stands there")
+        steps = [*_flat(out.get("normalizer")), *([{"type": "Prepend", "prepend": _SPACE}] if prefix else [])]
+        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+        split = {"type": "Split", "pattern": {"String": _SPACE}, "behavior": "MergedWithNext", "invert": False}
         out["normalizer"] = {"type": "Sequence", "normalizers": steps}
         out["pre_tokenizer"] = split if metaspace.get("split", True) else None
-    return out, notes
+    return Target(out, prefix, tuple(notes), describe(tokenizer))
+
+
+def _is_blank(token: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bool:
+    """A run of spaces kept as an added token (Gemma): llama.cpp would show it as it is written there."""
+    blank = has_spaces(tokenizer) and not str(token["content"]).strip(_SPACE)
+    return blank and not token.get("special") and token["content"] in tokenizer["model"]["vocab"]
 
 
 def describe(tokenizer: Mapping[str, Any]) -> str:

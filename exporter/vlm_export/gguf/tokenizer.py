@@ -11,22 +11,23 @@ from typing import Any, Literal
 
 from vlm_export.gguf.architecture import Value
 from vlm_export.gguf.corpus import texts, texts_with
-from vlm_export.gguf.pretokenizer import Choice, as_llama_cpp, choices, describe, has_spaces, prepends
+from vlm_export.gguf.pretokenizer import Choice, Target, choices, has_spaces, target
 from vlm_export.gguf.vocab_check import (
     Case,
     Difference,
     LoadedVocabulary,
     cases,
-    first_difference,
+    differences,
     loaded,
     write_vocabulary,
 )
 from vlm_export.gguf.vocabulary import Vocabulary, read_vocabulary, scores
 from vlm_export.target import Progress, silent
 from vlm_models.checkpoint import Checkpoint
-from vlm_models.errors import CheckpointError
+from vlm_models.errors import CheckpointError, PromptError
 from vlm_models.processor import read_tokenizer_config, tokenizer_json
 from vlm_models.spec import PromptSpec, VLMSpec
+from vlm_runtime.prompt import render, user_message
 
 Mode = Literal["checked", "none"]
 
@@ -73,19 +74,20 @@ def tokenizer_fields(
         return TokenizerFields({**none, "general.name": spec.name}, {"model": "none", "notes": [note]})
     source = json.loads(tokenizer_json(checkpoint))
     _check_supported(checkpoint, source)
-    tokens = read_vocabulary(source, spec.language.vocab_size, f"{checkpoint.folder}: the tokenizer")
+    able = target(source, starts_with_token=_starts_with_token(source, spec.prompt))
+    tokens = read_vocabulary(able.tokenizer, spec.language.vocab_size, f"{checkpoint.folder}: the tokenizer")
     own = _tokenizer(source, spec.prompt)
     specials = {**_specials(own, tokens, checkpoint, spec), "tokenizer.chat_template": template}
-    target, notes = as_llama_cpp(source)
     chosen = [*texts(), *texts_with(_telling(tokens, spec.prompt))]
-    expected = cases(_tokenizer(target, spec.prompt), chosen)
-    choice, name, more = _prove(checkpoint, spec, source, tokens, specials, expected, progress)
-    real = cases(own, chosen) if notes else expected
-    equal = sum(a.ids == b.ids and a.special == b.special for a, b in zip(expected, real, strict=True))
-    values = {**_vocabulary_fields(choice, source, tokens), **specials, "general.name": name}
-    notes = [*(notes if equal < len(chosen) else []), *more]
-    details = {"model": choice.model, "pre": choice.pre, "texts": len(chosen), "equal": equal, "notes": notes}
-    return TokenizerFields(values, details)
+    expected = cases(_tokenizer(able.tokenizer, spec.prompt), chosen)
+    proof = _prove(checkpoint, spec, able, tokens, specials, expected, progress)
+    real = cases(own, chosen) if able.notes else expected
+    same = [a.ids == b.ids and a.special == b.special for a, b in zip(expected, real, strict=True)]
+    equal = sum(one and case.text not in proof.excused for one, case in zip(same, expected, strict=True))
+    values = {**_vocabulary_fields(proof.choice, able, tokens), **specials, "general.name": proof.name}
+    notes = [*(able.notes if not all(same) else ()), *proof.notes]
+    chosen_one = {"model": proof.choice.model, "pre": proof.choice.pre}
+    return TokenizerFields(values, {**chosen_one, "texts": len(chosen), "equal": equal, "notes": notes})
 
 
 def chat_template(prompt: PromptSpec) -> str:
@@ -95,42 +97,68 @@ def chat_template(prompt: PromptSpec) -> str:
     return _LLAVA.replace("IMAGE", json.dumps(prompt.image_token)).replace("EOS", json.dumps(prompt.eos_token or ""))
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """The tokenizer and general.name with which llama.cpp agrees, but for `excused` texts with the image token."""
+
+    choice: Choice
+    name: str
+    excused: frozenset[str]
+    notes: tuple[str, ...]
+
+
 def _prove(
     checkpoint: Checkpoint,
     spec: VLMSpec,
-    source: Mapping[str, Any],
+    able: Target,
     tokens: Vocabulary,
     specials: Mapping[str, Value],
     expected: Sequence[Case],
     progress: Progress,
-) -> tuple[Choice, str, list[str]]:
-    """The first choice and name with which llama.cpp agrees everywhere, and what else there is to say."""
-    tried = [(choice, name) for choice in choices(source) for name in _names(spec.name, tokens)]
+) -> _Proof:
+    """Try llama.cpp's tokenizers until one agrees. llama.cpp cuts a prompt at its own image marker, never at ours."""
+    tried = [(c, n) for c in choices(able.tokenizer, prefix=able.prefix) for n in _names(spec.name, tokens)]
+    order = {case.text: i for i, case in enumerate(expected)}
     furthest: tuple[int, Difference] | None = None
     with tempfile.TemporaryDirectory() as folder:
-        files: dict[bool, Path] = {}
+        files: dict[str, Path] = {}
         for done, (choice, name) in enumerate(tried):
             progress("tokenizer", done, len(tried))
-            spm = choice.model == "llama"
-            if spm not in files:
-                files[spm] = Path(folder) / f"{choice.model}.gguf"
-                write_vocabulary(files[spm], {**_vocabulary_fields(choice, source, tokens), **specials})
+            if choice.model not in files:
+                files[choice.model] = Path(folder) / f"{choice.model}.gguf"
+                write_vocabulary(files[choice.model], {**_vocabulary_fields(choice, able, tokens), **specials})
+            excused = set()
             try:
-                with loaded(files[spm], model=choice.model, pre=choice.pre, name=name) as vocab:
-                    difference = first_difference(vocab, expected, leading_space=choice.spaces)
-                    if difference is None:
+                with loaded(files[choice.model], pre=choice.pre, name=name) as vocab:
+                    for difference in differences(vocab, expected, leading_space=choice.spaces):
+                        if spec.prompt.image_token not in difference.text:
+                            break
+                        excused.add(difference.text)
+                    else:
                         progress("tokenizer", len(tried), len(tried))
-                        return choice, name, _endings(vocab, tokens, spec.prompt)
+                        notes = _endings(vocab, tokens, spec.prompt)
+                        if excused:
+                            notes.append(f"llama.cpp reads blanks around {spec.prompt.image_token} otherwise")
+                        return _Proof(choice, name, frozenset(excused), tuple(notes))
             except CheckpointError as error:
                 difference = Difference("", "", str(error))
-            at = next((i for i, case in enumerate(expected) if case.text == difference.text), -1)
+            at = order[difference.text]
             if furthest is None or at > furthest[0]:
                 furthest = at, difference
     assert furthest is not None
     raise CheckpointError(
-        f"{checkpoint.folder}: llama.cpp has no tokenizer like this one (pre-tokenizer {describe(source)}): "
-        f"{furthest[1]}; {_WHAT_TO_DO}"
+        f"{checkpoint.folder}: llama.cpp has no tokenizer like this one (pre-tokenizer "
+        f"{able.described}): {furthest[1]}; {_WHAT_TO_DO}"
     )
+
+
+def _starts_with_token(source: Mapping[str, Any], prompt: PromptSpec) -> bool:
+    """Whether the prompts of this checkpoint start with an added token (not with text), its own BOS left aside."""
+    try:
+        text = render([user_message("text", 1, prompt)], prompt)
+    except PromptError:
+        return False
+    return any(text.startswith(str(token["content"])) for token in source.get("added_tokens") or [])
 
 
 def _names(name: str, tokens: Vocabulary) -> list[str]:
@@ -149,9 +177,9 @@ def _endings(vocab: LoadedVocabulary, tokens: Vocabulary, prompt: PromptSpec) ->
     return out
 
 
-def _vocabulary_fields(choice: Choice, source: Mapping[str, Any], tokens: Vocabulary) -> dict[str, Value]:
+def _vocabulary_fields(choice: Choice, able: Target, tokens: Vocabulary) -> dict[str, Value]:
     """tokenizer.ggml.*: what the vocabulary is, for one of llama.cpp's tokenizers."""
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in source["model"]["merges"]]
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in able.tokenizer["model"]["merges"]]
     fields: dict[str, Value] = {
         "tokenizer.ggml.model": choice.model,
         "tokenizer.ggml.pre": choice.pre,
@@ -160,7 +188,7 @@ def _vocabulary_fields(choice: Choice, source: Mapping[str, Any], tokens: Vocabu
     }
     if choice.model == "llama":
         fields["tokenizer.ggml.scores"] = scores(tokens.texts, merges)
-        fields["tokenizer.ggml.add_space_prefix"] = prepends(source)
+        fields["tokenizer.ggml.add_space_prefix"] = able.prefix
     else:
         fields["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
     return fields

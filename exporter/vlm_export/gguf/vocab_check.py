@@ -31,7 +31,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first text on which two tokenizers disagree."""
+    """A text on which two tokenizers disagree."""
 
     text: str
     expected: str
@@ -130,24 +130,23 @@ def loaded(path: Path, **override: str) -> Iterator[LoadedVocabulary]:
         lib.llama_model_free(model)
 
 
-def first_difference(
+def differences(
     vocab: LoadedVocabulary, expected: Sequence[Case], *, leading_space: bool = False
-) -> Difference | None:
-    """The first text whose ids, ids with special tokens, or text again differ; None where all are the same.
+) -> Iterator[Difference]:
+    """The texts whose ids, ids with special tokens, or text again are not as expected, in their order.
 
     With `leading_space` llama.cpp's text may start with the space that it wrote before the text itself.
     """
     for case in expected:
         ids = vocab.encode(case.text)
-        if ids != list(case.ids):
-            return _ids(case.text, case.ids, ids)
         special = vocab.encode(case.text, add_special=True)
-        if special != list(case.special):
-            return _ids(case.text, case.special, special)
         text = vocab.pieces(ids)
-        if text != case.decoded and not (leading_space and text == f" {case.decoded}"):
-            return Difference(case.text, _short(case.decoded), _short(text))
-    return None
+        if ids != list(case.ids):
+            yield _ids(case.text, case.ids, ids)
+        elif special != list(case.special):
+            yield _ids(case.text, case.special, special)
+        elif text != case.decoded and not (leading_space and text == f" {case.decoded}"):
+            yield Difference(case.text, _short(case.decoded), _short(text))
 
 
 def _ids(text: str, expected: Sequence[int], got: Sequence[int]) -> Difference:
