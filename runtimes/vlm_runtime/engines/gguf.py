@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
 
 NAME = "gguf"
-_GGML_TYPES: dict[KVCache, int] = {"f32": 0, "f16": 1, "q8_0": 8}
+GGML_TYPES: Mapping[KVCache, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 
 
 def available() -> None:
@@ -34,9 +35,7 @@ def encoder(bundle: Bundle, part: str, options: Options) -> Encoder:
 def decoder(bundle: Bundle, options: Options) -> GgufDecoder:
     """The language model of a bundle, with room for min(asked, bundle's) positions."""
     language, part = bundle.spec.language, bundle.part("language_model", NAME)
-    exact = part.precision in ("fp32", "f32")
-    kv_cache: KVCache = options.kv_cache or ("f32" if exact else "f16")
-    flash, path = options.flash_attention, bundle.path(part.graph)
+    path, (kv_cache, flash_attention) = bundle.path(part.graph), attention_choice(part.precision, options)
     check_language_model(read_header(path), path, bundle.spec)
     return GgufDecoder(
         path,
@@ -46,10 +45,20 @@ def decoder(bundle: Bundle, options: Options) -> GgufDecoder:
         prefill_chunk=options.prefill_chunk,
         threads=thread_count(options),
         kv_cache=kv_cache,
-        flash_attention=False if flash is None and kv_cache == "f32" else flash,
+        flash_attention=flash_attention,
         embed_scale=float(part.details.get("embed_scale", 1.0)),
         gpu=options.device == "cuda",
     )
+
+
+def attention_choice(precision: str, options: Options) -> tuple[KVCache, bool | None]:
+    """KV cache type and flash attention as asked; else f32 without for fp32 weights, f16 as llama.cpp likes for others.
+
+    llama.cpp's fused attention computes in f16 whatever the cache is, so an f32 cache alone would gain nothing.
+    """
+    kv_cache: KVCache = options.kv_cache or ("f32" if precision in ("fp32", "f32") else "f16")
+    flash = options.flash_attention
+    return kv_cache, False if flash is None and kv_cache == "f32" else flash
 
 
 class GgufDecoder:
@@ -83,7 +92,7 @@ class GgufDecoder:
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_outputs_max = max_context, chunk, chunk, 1
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = _GGML_TYPES[kv_cache]
+        params.type_k = params.type_v = GGML_TYPES[kv_cache]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.swa_full, params.offload_kqv, params.op_offload = True, gpu, gpu
         self._native = _Native(self._lib, llama.load_model(path, gpu=gpu))
