@@ -1,0 +1,229 @@
+"""Which weights matter: the mean squared input of every linear layer, over pictures with questions and answers.
+
+An error in a weight counts as the square of what it is multiplied with, so quantizers weigh errors by it. The sequences
+go through the checkpoint's own preprocessing, tower, projector, chat template and splice: the decoder sees what it will
+see. One walk serves all of them: a layer's weights are read, every sequence passes, the next layer's are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vlm_export.reference import looked_up, pixel_values, spliced
+from vlm_export.target import Progress, silent
+from vlm_models.errors import CheckpointError, PromptError
+from vlm_models.language import Attention, Linear, Norm, walk
+from vlm_models.processor import tokenizer_json
+from vlm_models.torch_language import TorchLanguage
+from vlm_quant.calibration import Calibration, Pair, sample
+from vlm_runtime.image import open_image
+from vlm_runtime.prompt import Message, expand, render, user_message
+
+if TYPE_CHECKING:
+    from vlm_models.model import Model
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
+"""Mean squared input (in_features,) of the linear layers, by the canonical name of the weight in the checkpoint."""
+
+SAMPLES = 128
+MAX_TEXT = 1024  # tokens of a question with its answer; longer ones are cut
+_FLOOR = 1e-6  # of the mean: a channel that was never used still must not round to anything
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: embeddings (S, H), and the first of its rows whose logits are read: they predict the answer."""
+
+    embeds: Tensor
+    first_read: int
+
+
+def importance(
+    model: Model, calibration: Calibration, *, samples: int = SAMPLES, seed: int = 0, progress: Progress = silent
+) -> Importance:
+    """Importance of every linear layer of the language model, from at most `samples` of the pairs.
+
+    Holds the embeddings of all sequences and one layer of weights in float32: 1.4 GB + 0.8 GB for LLaVA-1.5-7B.
+    Raises ImageError or PromptError for a pair that cannot be shown, CheckpointError where numbers overflow.
+    """
+    return measure(model, examples(model, sample(calibration, samples, seed), progress=progress), progress)
+
+
+def examples(
+    model: Model, calibration: Calibration, *, pictures: bool = True, progress: Progress = silent
+) -> list[Example]:
+    """What the decoder is given for each pair; without `pictures` the same questions and answers as text alone."""
+    encode = _tokenizer(model)
+    shown = sorted(calibration.pairs, key=lambda pair: pair.image)  # pairs of one picture follow each other
+    made, rows, last = [], torch.empty(0), None
+    for i, pair in enumerate(shown):
+        if pictures and pair.image != last:
+            rows, last = _picture_rows(model, pair), pair.image
+        asked, said = (encode(text) for text in _texts(model, pair, pictures))
+        same = next((i for i, (a, b) in enumerate(zip(asked, said, strict=False)) if a != b), len(asked))
+        ids = expand(said, model.spec.prompt, int(pictures))
+        before = len(expand(said[:same], model.spec.prompt, said[:same].count(model.spec.prompt.image_token_id)))
+        embeds = spliced(model, ids, rows) if pictures else looked_up(model, ids)
+        limit = min(model.spec.language.max_positions, model.spec.prompt.image_tokens + MAX_TEXT)
+        made.append(Example(embeds[:limit], min(before, limit, len(ids)) - 1))
+        progress("calibration", i + 1, len(shown))
+    return made
+
+
+def measure(model: Model, sequences: Sequence[Example], progress: Progress = silent) -> Importance:
+    """Importance over `sequences`: every row counts, for the head only those whose logits are read."""
+    squares = _Squares(model, sequences, progress)
+    with torch.inference_mode():
+        walk(model.spec.language, squares, squares.embeds(), last_row=False)
+    return dict(squares.means())
+
+
+class Rows:
+    """A value of every sequence, rows(i) of shape (S, channels): computed when asked for, kept for one sequence."""
+
+    def __init__(self, compute: Callable[[int], Tensor]) -> None:
+        self._compute = functools.lru_cache(maxsize=1)(compute)
+
+    def __call__(self, i: int) -> Tensor:
+        return self._compute(i)
+
+    def settle(self, store: list[Tensor], reached: Callable[[], None]) -> None:
+        """Compute it for every sequence into `store`, and let go of all that it came from."""
+        for i in range(len(store)):
+            store[i] = self(i)
+            reached()
+        self._compute = functools.lru_cache(maxsize=1)(store.__getitem__)
+
+
+class _Squares:
+    """An emitter that runs every sequence through the decoder and sums the squares of what linear layers are given."""
+
+    def __init__(self, model: Model, sequences: Sequence[Example], progress: Progress) -> None:
+        self._model, self._progress = model, progress
+        self._states = [example.embeds for example in sequences]  # entering the current layer
+        self._first_read = [example.first_read for example in sequences]
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._read: set[str] = set()  # tensors of the current layer
+        self._language = TorchLanguage(model.checkpoint, model.spec.language, keep=True)
+        self._done = 0
+
+    def embeds(self) -> Rows:
+        """What the walk begins with."""
+        return Rows(self._states.__getitem__)
+
+    def means(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        for name, total in self._sums.items():
+            mean = (total / self._counts[name]).numpy()
+            if not np.isfinite(mean).all():
+                folder = self._model.checkpoint.folder
+                raise CheckpointError(f"{folder}: calibration gives {name!r} inputs beyond float32: a damaged weight?")
+            yield name, np.maximum(mean, mean.mean() * _FLOOR or 1.0).astype(np.float32)
+
+    def linears(self, x: Rows, linears: Sequence[Linear]) -> tuple[Rows, ...]:
+        if linears[0].name == "lm_head":  # nobody needs the logits
+            for i, first in enumerate(self._first_read):
+                self._weigh(x(i)[first:], linears)
+            return (x,) * len(linears)
+
+        @functools.lru_cache(maxsize=1)
+        def outputs(i: int) -> tuple[Tensor, ...]:
+            rows = x(i)
+            self._weigh(rows, linears)
+            return self._language.linears(rows, linears)
+
+        return tuple(Rows(functools.partial(lambda k, i: outputs(i)[k], k)) for k in range(len(linears)))
+
+    def _weigh(self, rows: Tensor, linears: Sequence[Linear]) -> None:
+        """Once for each stored matrix: fused ones hold several of the layers that read the same rows."""
+        squares = rows.double().pow(2).sum(0)
+        for name in {linear.weight.tensor for linear in linears}:
+            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+            self._counts[name] = self._counts.get(name, 0) + len(rows)
+            self._read.add(name)
+
+    def rms_norm(self, x: Rows, norm: Norm) -> Rows:
+        if norm.name == "norm" or norm.name.endswith(".input_layernorm"):
+            x.settle(self._states, self._reached)
+            self._forget()
+        return Rows(lambda i: self._language.rms_norm(x(i), norm))
+
+    def _reached(self) -> None:
+        self._done += 1
+        self._progress("importance", self._done, (self._model.spec.language.layers + 1) * len(self._states))
+
+    def _forget(self) -> None:
+        """Drop the weights of the layer that has ended."""
+        for name in self._read:
+            self._model.checkpoint.release(name)
+        self._read.clear()
+        self._language = TorchLanguage(self._model.checkpoint, self._model.spec.language, keep=True)
+
+    def head_norm(self, x: Rows, norm: Norm, heads: int) -> Rows:
+        return Rows(lambda i: self._language.head_norm(x(i), norm, heads))
+
+    def attention(self, q: Rows, k: Rows, v: Rows, attention: Attention) -> Rows:
+        def attended(i: int) -> Tensor:
+            rows = self._language.attention(q(i), k(i), v(i), attention)
+            self._language.rewind(0)
+            return rows
+
+        return Rows(attended)
+
+    def add(self, x: Rows, y: Rows) -> Rows:
+        return Rows(lambda i: x(i) + y(i))
+
+    def gate(self, gate: Rows, up: Rows, activation: str) -> Rows:
+        return Rows(lambda i: self._language.gate(gate(i), up(i), activation))
+
+    def last_row(self, x: Rows) -> Rows:
+        return Rows(lambda i: x(i)[-1:])
+
+    def softcap(self, x: Rows, cap: float) -> Rows:
+        return Rows(lambda i: self._language.softcap(x(i), cap))
+
+
+def _picture_rows(model: Model, pair: Pair) -> Tensor:
+    """What the projector makes of the pair's picture, (T, H)."""
+    pixels = torch.from_numpy(pixel_values(model, open_image(pair.image)))
+    with torch.inference_mode():
+        rows: Tensor = model.projector()(model.vision_encoder()(pixels[None]))[0]
+    return rows
+
+
+def _texts(model: Model, pair: Pair, pictures: bool) -> tuple[str, str]:
+    """The rendered question, and the whole conversation where there is an answer."""
+    spec = model.spec.prompt
+    text = pair.prompt if pictures else pair.prompt.replace(spec.image_token, "")
+    try:
+        messages: list[Message] = [user_message(text, int(pictures), spec)]
+        asked = render(messages, spec)
+        if pair.answer is None:
+            return asked, asked
+        messages.append({"role": "assistant", "content": pair.answer})
+        return asked, render(messages, spec, add_generation_prompt=False)
+    except PromptError as error:
+        raise PromptError(f"calibration pair of {pair.image.name}: {error}") from None
+
+
+def _tokenizer(model: Model) -> Callable[[str], list[int]]:
+    """Text to ids as transformers does it: with the tokenizer's special tokens, unless the text begins with BOS."""
+    from tokenizers import Tokenizer
+
+    tokenizer, bos = Tokenizer.from_str(tokenizer_json(model.checkpoint)), model.spec.prompt.bos_token
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos))).ids
+        return ids
+
+    return encode
