@@ -1,0 +1,130 @@
+"""GGUF types that llama.cpp's own quantizer makes, weighed by what the inputs of each layer were measured to be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.gguf.file import FileFacts, checked
+from vlm_export.gguf.tensors import gguf_name
+from vlm_export.target import Progress
+from vlm_models.errors import CheckError, CheckpointError
+from vlm_models.spec import LanguageSpec
+from vlm_quant.gguf_types import GgufType
+from vlm_runtime import llama
+
+_BUFFER = 1 << 28  # bytes of rows that the quantizer holds at once
+_POLL = 0.2  # seconds between looks at how far the file has grown
+_BLOCK, _SMALL_BLOCK = 256, 32  # weights that share scales: of the K types and iq4_xs, and of all others
+# What llama.cpp (llama-quant.cpp) takes where rows are no multiple of 256, and instead of what.
+_SUBSTITUTED = {"q4_0": "q2_k or q3_k", "q5_0": "q4_k", "q5_1": "q5_k", "q8_0": "q6_k", "iq4_nl": "iq4_xs"}
+# Types of small blocks that a file of small blocks has of its own accord.
+_MEANT = {"iq4_nl": ("iq4_nl",), "q4_0": ("q4_0", "q4_1"), "q4_1": ("q4_1",), "q5_0": ("q5_0", "q5_1")}
+_MEANT |= {"q5_1": ("q5_1",), "q8_0": ("q8_0",)}
+
+
+def quantize_gguf(
+    source: Path,
+    out: Path,
+    type: GgufType,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None,
+    spec: LanguageSpec,
+    *,
+    threads: int,
+    progress: Progress,
+) -> FileFacts:
+    """Write `out`: the f32, f16 or bf16 GGUF `source` at `type`, by llama.cpp's quantizer.
+
+    `importance`: mean squared inputs (columns,) by the checkpoint's canonical tensor names; None weighs all alike. The
+    result is opened again and its tensors compared with those of `source`; rows that no block of the type divides are
+    stored as another type, named in the facts. Raises CheckError with llama.cpp's reason where it fails, and leaves no
+    file behind then.
+    """
+    shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in gguf.GGUFReader(source).tensors}
+    weighed = _by_gguf_name(importance or {}, spec, shapes)
+    try:
+        _run(source, out, type, weighed, threads, progress)
+        types = checked(out, shapes)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+    return FileFacts(types, _fallbacks(shapes, types, type))
+
+
+def _by_gguf_name(
+    importance: Mapping[str, npt.NDArray[np.float32]], spec: LanguageSpec, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Raises CheckpointError for a vector that does not fit its matrix: it was measured on another model."""
+    named = {}
+    for source, vector in importance.items():
+        name = gguf_name(source, spec)
+        if name not in shapes or shapes[name][-1:] != vector.shape:
+            raise CheckpointError(
+                f"the importance of {source!r}, {vector.shape}, is of another model: measure it again"
+            )
+        named[name] = np.ascontiguousarray(vector, np.float32)
+    return named
+
+
+def _run(
+    source: Path,
+    out: Path,
+    type: GgufType,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+    threads: int,
+    progress: Progress,
+) -> None:
+    """llama_model_quantize in a thread of its own, so that its progress can be watched and a user can interrupt it."""
+    library = llama.library()
+    params = library.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.max_buf_size = threads, type.file_type, _BUFFER
+    entries = (library.llama_model_imatrix_data * (len(importance) + 1))()  # the last one, all zeros, ends the list
+    for entry, (name, vector) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = name.encode(), vector.size
+        entry.data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if importance:
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data))
+    codes: list[int] = []
+
+    def work() -> None:
+        arguments = os.fsencode(source), os.fsencode(out), ctypes.byref(params)
+        codes.append(int(library.llama_model_quantize(*arguments)))
+
+    llama.forget_messages()
+    total = max(int(source.stat().st_size * type.bits / 16), 1)  # of an f16 source; else a guess
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+        written = out.stat().st_size if out.exists() else 0
+        progress("quantize", min(written, total - 1), total)
+    if codes != [0]:
+        raise CheckError(
+            f"llama.cpp cannot quantize {source.name} to {type.name} ({llama.last_error()}): "
+            "free some disk and memory, or choose another precision"
+        )
+    progress("quantize", total, total)
+
+
+def _fallbacks(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], type: GgufType) -> dict[str, str]:
+    """Why matrices did not get what llama.cpp meant for them: their rows are no multiple of its blocks."""
+    reasons = {}
+    for name, shape in shapes.items():
+        kind, columns = types[name], shape[-1]
+        if len(shape) < 2 or not columns % _BLOCK or kind in _MEANT.get(type.name, ()):
+            continue
+        if columns % _SMALL_BLOCK:
+            reasons[name] = f"{kind}: rows of {columns} weights are no multiple of any type's blocks"
+        elif kind in _SUBSTITUTED:
+            meant = _SUBSTITUTED[kind]
+            reasons[name] = (
+                f"{kind} instead of {meant}: rows of {columns} weights are no multiple of blocks of {_BLOCK}"
+            )
+    return reasons
