@@ -101,7 +101,7 @@ def command(
                 check=check,
                 greedy_tokens=greedy_tokens,
                 calibration=calibration,
-                gguf_tokenizer=gguf_tokenizer,
+                gguf_tokenizer=gguf_tokenizer,  # type: ignore[arg-type]  # refused there
                 progress=stages,
             )
         except CheckError as error:

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_export import golden, parity, preflight, shared, write
 from vlm_export.reference import compute_reference, prompt_ids
@@ -37,7 +37,7 @@ def export(
     check: bool = True,
     greedy_tokens: int = 32,
     calibration: str | Path | None = None,
-    gguf_tokenizer: str = "checked",
+    gguf_tokenizer: Literal["checked", "none"] = "checked",
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -55,6 +55,8 @@ def export(
     """
     chosen = {name: find_target(name) for name in ([targets] if isinstance(targets, str) else targets)}
     recipe, output = parse_recipe(precision), Path(output).expanduser()
+    if gguf_tokenizer not in ("checked", "none"):
+        raise InputError(f"unknown GGUF tokenizer {gguf_tokenizer!r}: choose one of checked, none")
     model = _load(checkpoint, output, chosen)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)

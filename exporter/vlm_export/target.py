@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from vlm_export import targets
 from vlm_models.errors import DependencyError, InputError
@@ -38,7 +38,7 @@ class Job:
     max_context: int
     parts: Collection[str]
     calibration: Calibration | None = None
-    gguf_tokenizer: str = "checked"
+    gguf_tokenizer: Literal["checked", "none"] = "checked"
     progress: Progress = lambda stage, done, of: None
 
 

@@ -17,7 +17,6 @@ from vlm_export.gguf.tokenizer import tokenizer_fields
 from vlm_export.importance import SAMPLES, importance
 from vlm_export.preflight import weights
 from vlm_export.target import Job
-from vlm_models.errors import InputError
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.calibration import sample
@@ -51,8 +50,6 @@ def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
 
 def build(job: Job) -> dict[str, Part]:
     """Write root/gguf/language_model.gguf and, where llama.cpp can run such a tower, root/gguf/mmproj.gguf."""
-    if job.gguf_tokenizer not in ("checked", "none"):
-        raise InputError(f"unknown GGUF tokenizer {job.gguf_tokenizer!r}: choose one of checked, none")
     model, spec = job.model, job.model.spec
     (job.root / ENGINE).mkdir(parents=True, exist_ok=True)
     mark = {"vlm.fingerprint": spec.fingerprint, "vlm.part": "language_model"}
@@ -78,8 +75,8 @@ def build(job: Job) -> dict[str, Part]:
     }
     files = [LANGUAGE_MODEL]
     if (reason := unsupported(model)) is None:
-        size = "f32" if job.recipe.vision.weights == "fp32" else "f16"
-        write_mmproj(model, job.root / MMPROJ, type=size, progress=job.progress)
+        full = job.recipe.vision.weights == "fp32"
+        write_mmproj(model, job.root / MMPROJ, type="f32" if full else "f16", progress=job.progress)
         files.append(MMPROJ)
     else:
         details["no_mmproj"] = reason
