@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import Architecture, Value
 from vlm_export.gguf.tensors import HEAD, TOKEN_EMBEDDING, Tensor
 from vlm_export.target import Progress
-from vlm_models.errors import CheckError, CheckpointError, RecipeError
+from vlm_models.errors import BundleError, CheckError, CheckpointError, RecipeError
 from vlm_quant.affine import widen
 from vlm_quant.gguf_types import GgufType
+from vlm_runtime.gguf_header import read_header
 
 CHUNK = 1 << 21  # weights read, converted and written by one thread at a time
 _QUANTIZATION_VERSION = 2
@@ -82,15 +83,15 @@ def checked(
     Writers have reported success on files without tensors. Raises CheckError naming the first difference.
     """
     try:
-        found = {str(t.name): (tuple(int(n) for n in t.shape[::-1]), t.tensor_type) for t in GGUFReader(path).tensors}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckError(f"{path.name} cannot be read back ({_line(error)}): free some disk and export again") from None
-    names = {name: kind.name.lower() for name, (_, kind) in found.items()}
+        found = read_header(path).tensors
+    except BundleError as error:
+        raise CheckError(f"{path.name} cannot be read back ({error})") from None
+    names = {name: GGMLQuantizationType(tensor.type).name.lower() for name, tensor in found.items()}
     for name, shape in shapes.items():
         if name not in found:
             raise CheckError(f"{path.name} was written without its tensor {name!r}: export again")
-        if found[name][0] != shape:
-            raise CheckError(f"{path.name}: tensor {name!r} has shape {found[name][0]} instead of {shape}")
+        if found[name].shape[::-1] != shape:
+            raise CheckError(f"{path.name}: tensor {name!r} has shape {found[name].shape[::-1]} instead of {shape}")
         if types is not None and names[name] != types[name]:
             raise CheckError(f"{path.name}: tensor {name!r} is {names[name]} instead of {types[name]}")
     if more := sorted(set(found) - set(shapes)):
@@ -224,7 +225,3 @@ def _check_scales(tensor: Tensor, kind: str, blocks: NDArray[np.uint8]) -> None:
         raise CheckpointError(
             f"{tensor.source} holds weights that are not finite or beyond what {kind} can scale: choose language=fp32"
         )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
