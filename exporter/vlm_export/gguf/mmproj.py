@@ -7,7 +7,6 @@ take; how far that graph is from the checkpoint is measured by `vlm_export.gguf.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import embed_scale
+from vlm_export.gguf.class_row import in_order
+from vlm_export.gguf.tower import Tower, Weight
 from vlm_export.target import Progress, silent
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError, RecipeError
@@ -55,23 +56,6 @@ _BEFORE = {
 }
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the file: matrices take the file's type, the others stay float32; `read` gives float32."""
-
-    shape: tuple[int, ...]
-    matrix: bool
-    read: Callable[[], Floats]
-
-
-@dataclass(frozen=True)
-class Tower:
-    """What an mmproj file holds: keys of clip.vision (int, float, bool or lists of them) and tensors by GGUF name."""
-
-    keys: Mapping[str, Any]
-    weights: Mapping[str, Weight]
-
-
 def unsupported(model: Model) -> str | None:
     """Why llama.cpp's LLaVA graph cannot be this tower and projector, in one line; None where it can."""
     vision, projector = model.spec.vision, model.spec.projector
@@ -87,14 +71,25 @@ def unsupported(model: Model) -> str | None:
     return None
 
 
-def write_mmproj(model: Model, path: Path, *, type: Literal["f32", "f16"] = "f16", progress: Progress = silent) -> None:
+def write_mmproj(
+    model: Model,
+    path: Path,
+    *,
+    type: Literal["f32", "f16"] = "f16",
+    reorder: bool = True,
+    progress: Progress = silent,
+) -> None:
     """Write tower and projector as one GGUF of `type`, one tensor in memory at a time.
 
+    `reorder` puts a CLIP tower's rows in the order that llama.cpp's graph, which has them wrong, makes right.
     Raises CheckpointError for what `unsupported` names, RecipeError for weights that fp16 cannot hold.
     """
     if (reason := unsupported(model)) is not None:
         raise CheckpointError(f"no mmproj can be written: {reason}")
-    write_tower(tower(model), path, model.spec, half=type == "f16", progress=progress)
+    parts = tower(model)
+    if reorder and "v.class_embd" in parts.weights:
+        parts = in_order(parts)
+    write_tower(parts, path, model.spec, half=type == "f16", progress=progress)
 
 
 def tower(model: Model) -> Tower:
@@ -121,14 +116,12 @@ def tower(model: Model) -> Tower:
     for theirs, ours in _BEFORE.items():
         if (name := f"vision_tower.{theirs}") in checkpoint:
             weights[ours] = _stored(checkpoint, name)
-    # The loader takes ffn_up for ffn_down where its rows are as long as the tower is wide, and swaps the two.
-    swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"} if config.intermediate_size == config.hidden_size else {}
     for block in range(blocks):
         for theirs, ours in _BLOCK.items():
             for kind in ("weight", "bias"):
                 name = f"vision_tower.encoder.layers.{block}.{theirs}.{kind}"
                 if name in checkpoint:
-                    weights[f"v.blk.{block}.{swap.get(ours, ours)}.{kind}"] = _stored(checkpoint, name)
+                    weights[f"v.blk.{block}.{ours}.{kind}"] = _stored(checkpoint, name)
     return Tower(keys, weights | _projector(checkpoint, spec, layers))
 
 
@@ -143,19 +136,37 @@ def write_tower(tower: Tower, path: Path, spec: VLMSpec, *, half: bool, progress
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
     for key, value in tower.keys.items():
-        _add(writer, key if key.startswith("clip.") else f"clip.vision.{key}", value)
-    for name, weight in tower.weights.items():
+        _add(writer, key if key.startswith(("clip.", "vlm.")) else f"clip.vision.{key}", value)
+    weights = _swapped(tower)
+    for name, weight in weights.items():
         dtype: Any = np.dtype(np.float16 if half and weight.matrix else np.float32)
         writer.add_tensor_info(name, list(weight.shape), dtype, int(np.prod(weight.shape)) * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for done, (name, weight) in enumerate(tower.weights.items()):
-        progress("mmproj", done, len(tower.weights))
+    for done, (name, weight) in enumerate(weights.items()):
+        progress("mmproj", done, len(weights))
         values = weight.read().reshape(weight.shape)
         writer.write_tensor_data(np.ascontiguousarray(_half(name, values) if half and weight.matrix else values))
-    progress("mmproj", len(tower.weights), len(tower.weights))
+    progress("mmproj", len(weights), len(weights))
     writer.close()
+
+
+def _swapped(tower: Tower) -> dict[str, Weight]:
+    """The loader takes an ffn_down whose rows are as long as the tower is wide for ffn_up, and swaps the two."""
+    width = tower.keys["embedding_length"]
+    blocks = {
+        name.removesuffix(".ffn_down.weight")
+        for name, weight in tower.weights.items()
+        if name.endswith(".ffn_down.weight") and weight.shape[1] == width
+    }
+    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    out = {}
+    for name, weight in tower.weights.items():
+        block, _, rest = name.partition(".ffn_")
+        part, _, kind = f"ffn_{rest}".partition(".")
+        out[f"{block}.{other[part]}.{kind}" if rest and block in blocks else name] = weight
+    return out
 
 
 def _projector(checkpoint: Checkpoint, spec: VLMSpec, layers: list[int]) -> dict[str, Weight]:
@@ -232,5 +243,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
     else:
         writer.add_array(key, value)

@@ -140,19 +140,21 @@ def bitmap(pixel_values: Floats, spec: PreprocessSpec) -> Pixels:
 def note(found: dict[str, Any], spec: VLMSpec) -> str:
     """One sentence: whether llama.cpp's image path sees what the checkpoint sees, and what to do where it does not."""
     prepared, as_it_is = (_cosine(found[name]) for name in ("prepared", "as_it_is"))
+    clip = spec.vision.model_type.startswith("clip")
     if prepared < CLOSE:
-        cause = f"known upstream: {CLASS_ROW_ISSUE}" if spec.vision.model_type.startswith("clip") else "not known why"
+        cause = f"known upstream: {CLASS_ROW_ISSUE}" if clip else "not known why"
         return (
             f"llama.cpp's own image path deviates from the checkpoint (cosine {prepared:.3f}; {cause}): mmproj.gguf is "
             "for trying out, answer with vlm-run, which does not use it"
         )
+    order = f"; mmproj.gguf is for llama.cpp as it is before the fix of {CLASS_ROW_ISSUE}" if clip else ""
     if as_it_is < CLOSE:
         return (
-            f"llama.cpp's own image path equals the checkpoint (cosine {prepared:.5f}) on pictures of "
-            f"{spec.vision.image_size} × {spec.vision.image_size}; it prepares others differently (cosine "
-            f"{as_it_is:.3f}): scale and crop them first, or use vlm-run"
+            f"llama.cpp's own image path equals the checkpoint (cosine {prepared:.6f}) on pictures prepared to "
+            f"{spec.vision.image_size} × {spec.vision.image_size}; others it scales in its own way (cosine "
+            f"{as_it_is:.3f} on the golden picture): prepare them first, or use vlm-run{order}"
         )
-    return f"llama.cpp's own image path equals the checkpoint (cosine {as_it_is:.5f})"
+    return f"llama.cpp's own image path equals the checkpoint (cosine {as_it_is:.6f}){order}"
 
 
 def _cosine(of: dict[str, Any]) -> float:
