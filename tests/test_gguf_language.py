@@ -21,6 +21,7 @@ from vlm_models import torch_language
 from vlm_models.errors import CheckpointError
 from vlm_models.model import Model, load_model
 from vlm_quant.gguf_types import GGUF_TYPES
+from vlm_runtime import llama
 from vlm_runtime.engines.gguf import GgufDecoder
 
 ROWS, CONTEXT = 45, 128
@@ -215,6 +216,19 @@ def test_a_wrong_hyper_parameter_would_be_seen(
     parts = tensors.tensors(model.checkpoint, model.spec)
     write_gguf(tmp_path / "x.gguf", arch, {}, parts, GGUF_TYPES["f32"], NO_VOCABULARY, progress=silent)
     assert deviation(model, tmp_path / "x.gguf").median > 1e-3
+
+
+@pytest.mark.parametrize("text", ["llama", "smollm", "gemma", "gemma2", "gemma3_text"])
+def test_token_ids_give_what_their_embeddings_give(make_tiny: MakeTiny, tmp_path: Path, text: str) -> None:
+    """llama.cpp's own users feed ids: it looks them up in token_embd and scales them as the checkpoint does."""
+    model = load_model(make_tiny(**EXPRESSED[text]))
+    written(model, tmp_path / "x.gguf")
+    decoder, lib, ids = opened(model, tmp_path / "x.gguf"), llama.library(), [5, 77, 300, 2, 9, 150, 150, 31]
+    tokens = (lib.llama_token * len(ids))(*ids)  # llama.cpp keeps no copy
+    assert lib.llama_decode(decoder._ctx, lib.llama_batch_get_one(tokens, len(ids))) == 0, llama.last_messages()
+    got = np.ctypeslib.as_array(lib.llama_get_logits_ith(decoder._ctx, -1), (model.spec.language.vocab_size,)).copy()
+    want = model.language_model().forward(looked_up(model, ids))[0].numpy()
+    assert relative_l2(got, want) <= (2e-3 if inexact(model.spec.language) else 1e-5)
 
 
 @pytest.mark.parametrize("text", ["gemma2", "gemma3_text"])
