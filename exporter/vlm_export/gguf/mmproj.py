@@ -141,15 +141,17 @@ def write_tower(tower: Tower, path: Path, spec: VLMSpec, *, half: bool, progress
     for name, weight in weights.items():
         dtype: Any = np.dtype(np.float16 if half and weight.matrix else np.float32)
         writer.add_tensor_info(name, list(weight.shape), dtype, int(np.prod(weight.shape)) * dtype.itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, (name, weight) in enumerate(weights.items()):
-        progress("mmproj", done, len(weights))
-        values = weight.read().reshape(weight.shape)
-        writer.write_tensor_data(np.ascontiguousarray(_half(name, values) if half and weight.matrix else values))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, (name, weight) in enumerate(weights.items()):
+            progress("mmproj", done, len(weights))
+            values = weight.read().reshape(weight.shape)
+            writer.write_tensor_data(np.ascontiguousarray(_half(name, values) if half and weight.matrix else values))
+    finally:
+        writer.close()
     progress("mmproj", len(weights), len(weights))
-    writer.close()
 
 
 def _swapped(tower: Tower) -> dict[str, Weight]:
