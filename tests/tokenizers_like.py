@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from vlm_models.checkpoint import Checkpoint
+from vlm_models.spec import PromptSpec, VLMSpec
+
 IMAGE = "<image>"
-TEXT = (
-    "The large circle is red, isn't it? I'll say we've 12 dogs and 345 cats; they're at 10:30 on 2026-11-22. "
-    "DON'T SHOUT: it's 'fine', he'd said so, I'm sure! def f(x):\n    return x ** 2  # done\n\n\tif a != b:\n\t\tpass\n"
-    "naïve café Größe, 東京の天気は晴れです。中文字符測試，한국어 문장, ภาษาไทย, Привет мир, שלום עולם, "
-    "مرحبا بالعالم ١٢٣, हिन्दी वाक्य 🙂 👍🏽 user assistant system USER: ASSISTANT: picture describe colour square\n"
-    "https://example.org/path?q=1 word  word   word    word \r\n 1234567 1,000,000 0x1F the the the and and of of\n"
-) * 4
+_WORDS = (
+    "the The large circle is red , isn't it ? I'll say we've dogs and cats ; they're at on DON'T SHOUT : it's "
+    "'fine' he'd said so I'm sure ! def f(x): return x ** 2 # done if a != b pass naïve café Größe École "
+    "東京の天気は晴れです 中文字符測試 한국어 문장 ภาษาไทย Привет мир שלום עולם مرحبا بالعالم हिन्दी वाक्य 🙂 👍🏽 user assistant "
+    "system USER: ASSISTANT: picture describe colour square 12 345 2026 10:30 1,000,000 0x1F ١٢٣ "
+    "https://example.org/path?q=1 of that there here "
+)
+_GAPS = (" ", " ", " ", " ", "  ", "\n", "\n\n", "\n    ", "\t", "   ", "")
+
+
+def _text() -> str:
+    """The words in random order with all kinds of gaps, some digits and letters between them."""
+    chance, words = random.Random(0), _WORDS.split()
+    parts = []
+    for _ in range(6000):
+        word = chance.choice(words) if chance.random() < 0.8 else str(chance.randrange(2000))
+        parts += [word, chance.choice(_GAPS)]
+    return "".join(parts)
+
+
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,7 +119,7 @@ def _trained(kind: str) -> tuple[list[str], list[list[str]]]:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         alphabet = []
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator(_text().splitlines(keepends=True), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].__getitem__), model["merges"]
 
@@ -117,14 +136,25 @@ def bytes_like(pre: Json, specials: Sequence[str], **options: Any) -> Json:
 
 
 def pieces_like(
-    *, more: Sequence[Json] = (), extra: Sequence[str] = (), prepend: bool = True, image: Any = None, **parts: Any
+    *,
+    more: Sequence[Json] = (),
+    extra: Sequence[str] = (),
+    prepend: bool = True,
+    image: Mapping[str, bool] | None = None,
+    trained: bool = False,
+    **parts: Any,
 ) -> Json:
-    """A BPE with U+2581 and byte fallback, its merges all the ways to build each piece, as converters write them."""
-    words, _ = _trained("pieces")
+    """A BPE with U+2581 and byte fallback; its merges are all the ways to build each piece, as converters write them.
+
+    `more` and `image` (flags of the image token) are added tokens, `extra` are pieces before all others; `trained`
+    keeps the merges that training found, one for each piece.
+    """
+    words, found = _trained("pieces")
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *dict.fromkeys([*extra, "▁", *words])]
     vocab = {t: i for i, t in enumerate(tokens)}
     ranked = [t for t in dict.fromkeys([*extra, *words]) if len(t) > 1]
     merges = [(t[:i], t[i:]) for t in ranked for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    merges = [(left, right) for left, right in found] if trained else merges
     specials = [added(i, t) for i, t in enumerate(("<unk>", "<s>", "</s>"))]
     end = len(tokens)
     for token in [*more, {"content": IMAGE, "flags": dict(image or {})}]:
@@ -207,3 +237,36 @@ LIKE: Mapping[str, Callable[[], Json]] = {
     "gemma": _gemma,
     "phi3": _phi3,
 }
+
+
+ENDS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+
+
+def write_checkpoint(
+    folder: Path,
+    base: VLMSpec,
+    source: Json,
+    *,
+    name: str = "ours",
+    rows: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> tuple[Checkpoint, VLMSpec]:
+    """A checkpoint that is nothing but a tokenizer, and `base` as its spec: `rows` of table, this chat template."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(source), "utf-8")
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    known = {t["content"]: int(t["id"]) for t in source["added_tokens"]}
+    prompt = PromptSpec(
+        image_token=IMAGE,
+        image_token_id=known[IMAGE],
+        image_tokens=4,
+        eos_token_ids=tuple(known[t] for t in ENDS if t in known),
+        eos_token="</s>" if "</s>" in known else None,
+        chat_template=template,
+    )
+    size = rows or max(len(source["model"]["vocab"]), *(i + 1 for i in known.values()))
+    language = dataclasses.replace(base.language, vocab_size=size)
+    spec = dataclasses.replace(base, name=name, prompt=prompt, language=language)
+    return Checkpoint(folder, name, {}, {}, spec.fingerprint), spec

@@ -15,6 +15,7 @@ _PLAIN = (
     "don't I'll we've you're he'd I'm it's DON'T I'LL WE'VE YOU'RE HE'D I'M IT'S 'tis o'clock ''s 'S'",
     "naïve café, Größe, Ærøskøbing, İstanbul, ǅ, ß, ﬁ",
     "cafe\u0301 n\u0303o a\u0308\u0323 \u0301start Z\u0351\u036b\u0343\u036a\u0302",  # combining marks
+    "éÉcole ÀÉÎ naïveÉtat ßÄ ÉCOLEécole İi ПриветМир ΑβΓ 'S 'Ll DiÉ's",
     "東京の天気は晴れです。中文字符測試，한국어 문장，ภาษาไทย ไม่มีช่องว่าง",
     "हिन्दी वाक्य, বাংলা, தமிழ் ௧௨௩, ລາວ, ខ្មែរ",
     "שלום עולם، مرحبا بالعالم ١٢٣ \u202eright to left\u202c",

@@ -32,7 +32,7 @@ from vlm_runtime.prompt import render, user_message
 Mode = Literal["checked", "none"]
 
 _WHAT_TO_DO = "--gguf-tokenizer none writes a GGUF without vocabulary, which vlm-run reads and llama-server does not"
-_TRIED = 160  # added tokens of one vocabulary that texts are made with
+_TRIED = 96  # added tokens of one vocabulary that texts are made with
 # Rendered as vlm_runtime.prompt renders a conversation of a checkpoint without a template: LLaVA-1.5's form.
 _LLAVA = (
     "{% for message in messages %}"
@@ -201,7 +201,8 @@ def _specials(own: Any, tokens: Vocabulary, checkpoint: Checkpoint, spec: VLMSpe
 
     def named(key: str) -> int | None:
         value = config.get(key)
-        return ids.get(value.get("content", "") if isinstance(value, dict) else str(value))
+        text = value.get("content") if isinstance(value, dict) else value
+        return ids.get(text) if isinstance(text, str) else None
 
     plain, full = own.encode("a", add_special_tokens=False).ids, own.encode("a", add_special_tokens=True).ids
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
