@@ -29,6 +29,12 @@ def test_widening_is_a_cast(dtype: Any) -> None:
     assert np.array_equal(affine.widen(w[2:5, 3:9]), w[2:5, 3:9].astype(np.float32))
 
 
+def test_every_float16_is_widened_to_itself() -> None:
+    """Subnormals, zeros of both signs, infinities and all that is no number."""
+    w = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    assert np.array_equal(affine.widen(w).view(np.uint32), w.astype(np.float32).view(np.uint32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_within_half_a_step_of_every_weight(shape: tuple[int, int], dtype: Any) -> None:
