@@ -178,17 +178,10 @@ def test_pieces_without_all_their_merges_take_a_tokenizer_that_reads_merges(make
     """As training leaves them: "the" is t + he only, so that th stays th; by scores llama.cpp would make th + e too."""
     words = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    source = pieces_like(
-        prepend=False,
-        extra=["th", "he", "the"],
-        trained=True,
-        normalizer=replace,
-        pre_tokenizer=words,
-        post_processor=None,
-    )
-    odd = [["t", "h"], ["h", "e"], ["t", "he"]]
-    kept = [merge for merge in source["model"]["merges"] if "".join(merge) not in ("th", "he", "the")]
-    source["model"]["merges"] = odd + kept
+    steps = {"normalizer": replace, "pre_tokenizer": words, "post_processor": None}
+    source = pieces_like(prepend=False, extra=["th", "he", "the"], trained=True, **steps)
+    kept = [m for m in source["model"]["merges"] if "".join(m) not in ("th", "he", "the") and "\n" not in "".join(m)]
+    source["model"]["merges"] = [["t", "h"], ["h", "e"], ["t", "he"], *kept]
     found = tokenizer_fields(*make(source))
     assert found.values["tokenizer.ggml.pre"] == "sarvam-moe"
     assert found.details["equal"] == found.details["texts"]

@@ -19,8 +19,8 @@ IMAGE = "<image>"
 _WORDS = (
     "the The large circle is red , isn't it ? I'll say we've dogs and cats ; they're at on DON'T SHOUT : it's "
     "'fine' he'd said so I'm sure ! def f(x): return x ** 2 # done if a != b pass naïve café Größe École "
-    "東京の天気は晴れです 中文字符測試 한국어 문장 ภาษาไทย Привет мир שלום עולם مرحبا بالعالم हिन्दी वाक्य 🙂 👍🏽 user assistant "
-    "system USER: ASSISTANT: picture describe colour square 12 345 2026 10:30 1,000,000 0x1F ١٢٣ "
+    "東京の天気は晴れです 中文字符測試 한국어 문장 ภาษาไทย Привет мир שלום עולם مرحبا بالعالم हिन्दी वाक्य 🙂 👍🏽 "
+    "user assistant system USER: ASSISTANT: picture describe colour square 12 345 2026 10:30 1,000,000 0x1F ١٢٣ "
     "https://example.org/path?q=1 of that there here "
 )
 _GAPS = (" ", " ", " ", " ", "  ", "\n", "\n\n", "\n    ", "\t", "   ", "")
