@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -22,8 +21,9 @@ import pytest
 from answering import from_scratch, painted
 from ggufs import language_gguf, plain_logits
 from running import HIDDEN, entry, running_bundle, running_spec
+from vlm_bench import gguf_overhead
 from vlm_models.errors import BundleError, DependencyError, InputError, PromptError
-from vlm_runtime import llama
+from vlm_runtime import cli, llama
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.engine import Options, choose_engines, find_engine
 from vlm_runtime.engines import gguf as engine
@@ -228,6 +228,43 @@ def test_kv_cache_and_flash_attention_are_options_of_load(bundle: Bundle) -> Non
     assert 1e-7 < relative(fused.decoder.prefill(np.ones((9, HIDDEN), np.float32)), exact) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--kv-cache", "f16", "--flash-attention"], 0, ""),
+        (["--kv-cache", "f32", "--no-flash-attention"], 0, ""),
+        (["--kv-cache", "fp16"], 2, "unknown KV cache type 'fp16': choose one of f32, f16, q8_0"),
+        (["--kv-cache", "q8_0", "--no-flash-attention"], 2, "a q8_0 KV cache needs flash attention"),
+    ],
+)
+def test_the_command_takes_kv_cache_and_flash_attention(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    line = ["vlm-run", str(bundle.folder), "hi", "--max-new-tokens", "2", "--threads", "1", *options]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code or 0) == code
+    assert (bool(out.strip()), err.count("\n")) == ((True, 0) if not code else (False, 1))
+    assert message in err
+
+
+def test_the_benchmark_measures_ours_and_plain_calls_on_the_same_work(bundle: Bundle) -> None:
+    contestants = gguf_overhead.make_ours, gguf_overhead.make_plain
+    reps = [make(str(bundle.folder), 1, 60, 8, None) for make in contestants]
+    for number in range(2):
+        for rep in reps:
+            assert all(value > 0 for value in rep(number).values())
+    with pytest.raises(InputError, match=r"60 \+ 60 tokens do not fit the bundle's context of 96"):
+        gguf_overhead.make_ours(str(bundle.folder), 1, 60, 60, None)
+
+
 def test_engine_onnx_refuses_what_it_has_no_choice_of(tmp_path: Path) -> None:
     opened = open_bundle(running_bundle(tmp_path / "onnx"))
     for options in ({"kv_cache": "f16"}, {"flash_attention": True}, {"flash_attention": False}):
@@ -259,19 +296,6 @@ def test_a_foreign_or_damaged_file_never_reaches_llama_cpp(
         assert "\n" not in str(error.value)
 
 
-def test_a_sound_file_that_llama_cpp_cannot_load_is_one_quiet_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = language_gguf(tmp_path / "model.gguf", SPEC)
-    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
-    with pytest.raises(BundleError, match=r"model\.gguf cannot be opened by llama\.cpp \(.*ffn_up") as error:
-        open_file(path)
-    assert "\n" not in str(error.value)
-    with pytest.raises(BundleError, match="cannot be opened"):
-        llama.load_model(tmp_path / "none.gguf")
-    assert capfd.readouterr() == ("", "")
-
-
 def test_a_file_of_another_width_is_refused_by_its_decoder(tmp_path: Path) -> None:
     path = language_gguf(tmp_path / "model.gguf", SPEC)
     with pytest.raises(BundleError, match="takes rows of 32 and has 320 tokens, its bundle says 64 and 320"):
@@ -293,38 +317,6 @@ def test_without_llama_cpp_the_error_names_the_extra(bundle: Bundle, monkeypatch
         find_engine("gguf").available()
     with pytest.raises(DependencyError, match="nothing here can run the vision_encoder"):
         choose_engines(bundle, None)
-
-
-def test_another_release_of_llama_cpp_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.35")
-    with pytest.raises(DependencyError, match=r"llama-cpp-python 0\.3\.35 is installed.* known for 0\.3\.36 only"):
-        llama.check_installed()
-
-
-@pytest.mark.parametrize("name", ["LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"])
-def test_a_library_from_the_environment_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, os.sep)
-    with pytest.raises(DependencyError, match=f"{name} is set"):
-        llama.check_installed()
-
-
-def test_structs_that_read_back_wrong_are_refused() -> None:
-    class Shifted:
-        """A library whose context parameters lie one flag further."""
-
-        def __init__(self, **changes: Any) -> None:
-            self.changes = changes
-
-        def __getattr__(self, name: str) -> Any:
-            return self.changes.get(name) or getattr(llama.library(), name)
-
-    params = llama.library().llama_context_default_params()
-    params.offload_kqv = False
-    with pytest.raises(DependencyError, match=r"llama_context_default_params\(\)\.offload_kqv is False, not True"):
-        llama._check_structs(Shifted(llama_context_default_params=lambda: params))
-    with pytest.raises(DependencyError, match=r"came with llama\.cpp 0\.6\.1 instead of 0\.5\.0"):
-        llama._check_structs(Shifted(llama_version=lambda: b"0.6.1"))
-    llama._check_structs(llama.library())
 
 
 def test_the_runtime_answers_without_torch_or_transformers(bundle: Bundle) -> None:
