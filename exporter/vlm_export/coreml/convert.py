@@ -1,0 +1,131 @@
+"""The language model as a Core ML package: functions "prefill" and "decode" of one walk, sharing their weights.
+
+Each function takes inputs_embeds (1, S, H), position int32 (1,) of the first row, causal_mask (1, 1, S, C) to add to the
+scores, and last_row int32 (1,), the row whose logits (1, V) are wanted; rows after it are padding. The KV cache
+key_cache, value_cache (layers, kv_heads, C, head_dim) is a state, or with kv "io" an input; then new_keys and new_values
+(layers, kv_heads, S, head_dim) are outputs, which the caller writes into the cache at `position`.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_export.coreml.decoder import KV, Inputs, Layout, MilLanguage, Shape, Var
+from vlm_export.coreml.functions import merge
+from vlm_export.coreml.sdk import coremltools, quiet
+from vlm_export.target import Progress, silent
+from vlm_models.errors import InputError
+from vlm_models.language import walk
+from vlm_models.model import Model
+from vlm_quant.recipe import Precision
+
+PART = "language_model"
+PREFILL = (64,)
+
+
+def convert_language(
+    model: Model,
+    precision: Precision,
+    path: Path,
+    *,
+    max_context: int,
+    kv: KV = "state",
+    layout: Layout = "plain",
+    prefill: Sequence[int] = PREFILL,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the package `path` (language_model.mlpackage) and say what is in it.
+
+    `prefill` are the rows of the prefill functions, none longer than the context: the first one is "prefill", others
+    "prefill_<rows>". Raises CheckpointError for what Core ML cannot express, DependencyError without coremltools.
+    """
+    if not prefill or min(prefill) < 1:
+        raise InputError(f"prefill lengths {tuple(prefill)}: give at least one, of 1 row or more")
+    names = function_rows(prefill, max_context)
+    dtype = np.float32 if precision.weights == "fp32" else np.float16
+    details: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        packages = {}
+        for done, (name, rows) in enumerate(names.items()):
+            shape = Shape(rows, max_context, layout, kv, dtype)
+            packages[name] = Path(temporary) / f"{name}.mlpackage"
+            stages = _Stages(progress, done, len(names), model.spec.language.layers + 2)
+            details = _function(model, precision, shape, packages[name], stages)
+            gc.collect()  # MIL programs are cycles that hold every weight
+        merge(packages, path, {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": PART})
+    progress(PART, 1, 1)
+    return {"functions": names, "kv": kv, "layout": layout, "max_context": max_context, **details}
+
+
+def function_rows(prefill: Sequence[int], max_context: int) -> dict[str, int]:
+    """Function → rows it takes."""
+    sizes = list(dict.fromkeys(min(rows, max_context) for rows in prefill))
+    names = {"prefill" if i == 0 else f"prefill_{rows}": rows for i, rows in enumerate(sizes)}
+    return {**names, "decode": 1}
+
+
+def _function(model: Model, precision: Precision, shape: Shape, path: Path, stages: _Stages) -> dict[str, Any]:
+    """One function, compressed, saved as a package of its own."""
+    ct = coremltools()
+    with quiet():
+        mlmodel = ct.convert(
+            emit(model, shape, stages),
+            source="milinternal",
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,  # every type is chosen by the emitter
+            compute_units=ct.ComputeUnit.CPU_ONLY,
+            skip_model_load=True,
+        )
+    details: dict[str, Any] = {}
+    if precision.weights not in ("fp32", "fp16"):
+        from vlm_export.coreml.compress import compress
+
+        mlmodel, details = compress(mlmodel, precision)
+    with quiet():
+        mlmodel.save(str(path))
+    return details
+
+
+def emit(model: Model, shape: Shape, stages: _Stages | None = None) -> Any:
+    """The walk as a MIL program of one function, "main"."""
+    mil = coremltools("converters.mil.mil")
+    types, mb = mil.types, mil.Builder
+    spec = model.spec.language
+    kind = types.fp16 if shape.dtype is np.float16 else types.fp32
+    cache = (spec.layers, spec.kv_heads, shape.context, spec.head_dim)
+    held = mb.StateTensorSpec(cache, types.fp16) if shape.kv == "state" else mb.TensorSpec(cache, kind)
+    specs = {
+        "inputs_embeds": mb.TensorSpec((1, shape.rows, spec.hidden_size), kind),
+        "position": mb.TensorSpec((1,), types.int32),
+        "causal_mask": mb.TensorSpec((1, 1, shape.rows, shape.context), kind),
+        "last_row": mb.TensorSpec((1,), types.int32),
+        "key_cache": held,
+        "value_cache": mb.StateTensorSpec(cache, types.fp16) if shape.kv == "state" else mb.TensorSpec(cache, kind),
+    }
+    target = coremltools().target.iOS18
+    program = mil.Program()
+    with mil.Function(specs, target) as function:
+        given: dict[str, Var] = dict(function.inputs)
+        embeds = given.pop("inputs_embeds")
+        emitter = MilLanguage(model.checkpoint, spec, shape, Inputs(**given), stages or (lambda done: None))
+        logits = emitter.leave(walk(spec, emitter, emitter.enter(embeds)))
+        function.set_outputs([logits] if shape.kv == "state" else [logits, *emitter.new_rows()])
+    program.add_function("main", function)
+    return program
+
+
+class _Stages:
+    """Progress within one of several functions."""
+
+    def __init__(self, progress: Progress, function: int, functions: int, steps: int) -> None:
+        self._progress, self._start, self._of = progress, function * steps, functions * steps
+
+    def __call__(self, done: int) -> None:
+        self._progress(PART, self._start + done, self._of)
