@@ -1,0 +1,1 @@
+"""Core ML packages: traced or emitted, compressed, merged and looked over before they are published."""

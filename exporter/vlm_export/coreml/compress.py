@@ -1,0 +1,182 @@
+"""Fewer bits for the weights of a converted model: every weight of a linear layer or convolution, none passed over.
+
+coremltools' own int4 leaves a layer whose columns the block does not divide in fp16 and only logs it, rounds in fp16,
+and takes tables of constants for weights. So integers are ours here: blocks that fit each layer, rounded in float32,
+and a record of whatever was kept. Palettes and rounded activations are coremltools'.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlm_export.coreml.activations import Observe, Samples, round_activations
+from vlm_export.coreml.layers import SMALL, Constants, Layer, constants
+from vlm_export.coreml.sdk import coremltools, quiet
+from vlm_export.target import Progress, silent
+from vlm_models.errors import RecipeError
+from vlm_quant.blockwise import quantize_blocks
+from vlm_quant.coreml_types import CoreMLType, coreml_type
+from vlm_quant.recipe import Precision
+
+_FINEST = 8  # columns: finer int4 blocks would take more than int8 does
+_TINY = float(np.finfo(np.float16).smallest_normal)
+
+
+@dataclass
+class Tally:
+    """What became of a function's weights: layers by precision, other blocks than asked for, whatever was kept."""
+
+    layers: Counter[str] = field(default_factory=Counter)
+    reblocked: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    subnormal: int = 0
+
+    def details(self) -> dict[str, Any]:
+        """Plain values for `Part.details`."""
+        details: dict[str, Any] = {"linears": dict(self.layers), "kept": dict(self.kept)}
+        if self.reblocked:
+            details["reblocked"] = dict(self.reblocked)
+        if self.subnormal:
+            details["subnormal_scales"] = self.subnormal
+        return details
+
+
+def compress(
+    mlmodel: Any,
+    precision: Precision,
+    *,
+    part: str = "language_model",
+    samples: Samples = (),
+    observe: Observe | None = None,
+    progress: Progress = silent,
+) -> tuple[Any, dict[str, Any]]:
+    """The ML program `mlmodel` (one function, float weights) at `precision`, and plain values for `Part.details`.
+
+    int8 takes one scale a row; int4 one scale for `precision.group_size` columns or, where they do not divide a row,
+    for their largest divisor; "pal4" and "pal6" one palette a weight; "w8a8" int8 weights and inputs of layers rounded
+    to int8 over the ranges that `observe` (by default our executor) sees while it runs `samples`. Weights of linear
+    layers, convolutions and products with a constant are compressed; every other float constant is named in `kept`.
+
+    Raises RecipeError for a precision that `part` cannot take, and for "w8a8" without samples.
+    """
+    type = coreml_type(precision, part)
+    if type.activations and not samples:
+        raise RecipeError(
+            f"precision {type.name!r} rounds activations by what pictures make of them: "
+            "give --calibration a folder of image-text pairs"
+        )
+    found, tally = constants(mlmodel.get_spec()), Tally()
+    if type.weights in ("fp16", "fp32"):
+        tally.layers[type.name] = len(found.layers)
+        return mlmodel, tally.details()
+    tally.kept |= found.others
+    if type.activations:
+        mlmodel = round_activations(mlmodel, samples, observe)
+    if type.palette:
+        mlmodel = _palettize(mlmodel, type, found, tally, part, progress)
+    else:
+        mlmodel = _integers(mlmodel, type, precision, found, tally, part, progress)
+    details = tally.details()
+    if type.warning:
+        details["warning"] = type.warning
+    if type.activations:
+        details["calibration_samples"] = len(samples)
+    return mlmodel, details
+
+
+def _integers(
+    mlmodel: Any,
+    type: CoreMLType,
+    precision: Precision,
+    found: Constants,
+    tally: Tally,
+    part: str,
+    progress: Progress,
+) -> Any:
+    done = 0
+
+    def change(const: Any) -> None:
+        nonlocal done
+        layer = found.layers[const.outputs[0].name]
+        block = _block(layer, precision.group_size, tally) if type.weights == "int4" else 0
+        tally.layers[f"int4:g{block}" if block else type.name if type.weights == "int8" else "int8"] += 1
+        tally.subnormal += _replace(const, layer, block)
+        done += 1
+        progress(f"{part}: {precision}", done, len(found.layers))
+
+    return _apply(mlmodel, found, change)
+
+
+def _block(layer: Layer, asked: int, tally: Tally) -> int:
+    """Columns that share an int4 scale; 0 for a layer that has to take int8. Anything but `asked` is written down."""
+    columns = layer.shape[layer.columns]
+    block = max(n for n in range(1, asked + 1) if columns % n == 0)
+    if block < _FINEST:
+        tally.kept[layer.name] = f"int8: {columns} columns have no divisor from {_FINEST} to {asked}"
+        return 0
+    if block != asked:
+        tally.reblocked[layer.name] = f"blocks of {block}: {columns} columns are no multiple of {asked}"
+    return block
+
+
+def _replace(const: Any, layer: Layer, block: int) -> int:
+    """Put integers and scales in the place of a constant; how many scales fp16 holds only as subnormal numbers."""
+    mil = coremltools("converters.mil.mil")
+    last = layer.columns if block else layer.rows  # int8 has one scale a row: all else of it counts as columns
+    weight = const.outputs[0].val
+    turned = np.moveaxis(weight, last, -1 if block else 0)
+    matrix = turned.reshape(-1, turned.shape[-1]) if block else turned.reshape(len(turned), -1)
+    values, scales = quantize_blocks(matrix, block or matrix.shape[1], 4 if block else 8)
+    shape = (*turned.shape[:-1], -1) if block else (-1, *[1] * (weight.ndim - 1))
+    dtype = mil.types.nptype_from_builtin(mil.types.string_to_builtin("int4" if block else "int8"))
+    new = mil.Builder.constexpr_blockwise_shift_scale(
+        data=np.ascontiguousarray(np.moveaxis(values.reshape(turned.shape), -1 if block else 0, last)).astype(dtype),
+        scale=np.ascontiguousarray(np.moveaxis(scales.reshape(shape), -1 if block else 0, last)),
+        before_op=const,
+        name=f"{const.name}_quantized",
+    )
+    owner = const.enclosing_block
+    owner.replace_uses_of_var_after_op(anchor_op=const, old_var=const.outputs[0], new_var=new, no_check_var_types=True)
+    owner.remove_ops([const])
+    return int(np.count_nonzero(scales < _TINY)) if scales.dtype == np.float16 else 0
+
+
+def _apply(mlmodel: Any, found: Constants, change: Callable[[Any], None]) -> Any:
+    """The model with `change` done to every constant that is a layer's weight."""
+    base = coremltools("converters.mil.mil.passes.graph_pass").AbstractGraphPass
+    scope = coremltools("converters.mil.mil.passes.helper").block_context_manager
+    apply_pass = coremltools("models.utils")._apply_graph_pass
+
+    def apply(self: Any, program: Any) -> None:
+        def visit(self: Any, block: Any) -> None:
+            for op in list(block.operations):
+                if op.op_type == "const" and op.outputs[0].name in found.layers:
+                    change(op)
+
+        for block in program.functions.values():
+            scope(visit)(self, block)
+
+    with quiet():
+        return apply_pass(mlmodel, type("weights", (base,), {"apply": apply})())
+
+
+def _palettize(mlmodel: Any, type: CoreMLType, found: Constants, tally: Tally, part: str, progress: Progress) -> Any:
+    """One palette of 2^bits values a weight, by exact one-dimensional k-means."""
+    optimize = coremltools("optimize.coreml")
+    one = optimize.OpPalettizerConfig(
+        mode="kmeans", nbits=type.palette, granularity="per_tensor", weight_threshold=SMALL - 1
+    )
+    progress(f"{part}: {type.name}", 0, 1)
+    with quiet():
+        config = optimize.OptimizationConfig(op_name_configs=dict.fromkeys(found.layers, one))
+        mlmodel = optimize.palettize_weights(mlmodel, config)
+    progress(f"{part}: {type.name}", 1, 1)
+    missed = set(found.layers) & set(constants(mlmodel.get_spec()).layers)
+    tally.kept |= {name: "fp16: coremltools did not palettize it" for name in missed}
+    tally.layers[type.name] = len(found.layers) - len(missed)
+    return mlmodel
