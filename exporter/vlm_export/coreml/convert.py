@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_export.coreml.compress import compress
 from vlm_export.coreml.decoder import KV, Inputs, Layout, MilLanguage, Shape, Var
 from vlm_export.coreml.functions import merge
 from vlm_export.coreml.sdk import coremltools, quiet
@@ -27,6 +28,7 @@ from vlm_quant.recipe import Precision
 
 PART = "language_model"
 PREFILL = (64,)
+PASSES = ("merge_consecutive_reshapes", "const_deduplication", "dead_code_elimination")
 
 
 def convert_language(
@@ -72,25 +74,30 @@ def function_rows(prefill: Sequence[int], max_context: int) -> dict[str, int]:
 
 def _function(model: Model, precision: Precision, shape: Shape, path: Path, stages: _Stages) -> dict[str, Any]:
     """One function, compressed, saved as a package of its own."""
-    ct = coremltools()
+    ct, program = coremltools(), emit(model, shape, stages)
     with quiet():
         mlmodel = ct.convert(
-            emit(model, shape, stages),
+            program,
             source="milinternal",
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=ct.precision.FLOAT32,  # every type is chosen by the emitter
             compute_units=ct.ComputeUnit.CPU_ONLY,
+            pass_pipeline=_pipeline(ct),
             skip_model_load=True,
         )
-    details: dict[str, Any] = {}
-    if precision.weights not in ("fp32", "fp16"):
-        from vlm_export.coreml.compress import compress
-
-        mlmodel, details = compress(mlmodel, precision)
+    mlmodel, details = compress(mlmodel, precision, part=PART)
     with quiet():
         mlmodel.save(str(path))
-    return details
+    return dict(details)
+
+
+def _pipeline(ct: Any) -> Any:
+    """The passes that such a graph profits from; coremltools' other 80 take minutes and rewrite indices as 16 bits."""
+    pipeline = ct.PassPipeline.EMPTY
+    for name in PASSES:
+        pipeline.append_pass(f"common::{name}")
+    return pipeline
 
 
 def emit(model: Model, shape: Shape, stages: _Stages | None = None) -> Any:

@@ -86,6 +86,8 @@ class MilLanguage:
         self._new: dict[str, list[Var]] = {"key": [], "value": []}
         self._ropes: list[tuple[RopeSpec, tuple[Var, Var]]] = []
         self._masks = {0: inputs.causal_mask}
+        self._places: dict[int, tuple[Var, Var]] = {}
+        self._stop: Var = None
 
     def enter(self, inputs_embeds: Var) -> Var:
         """(1, S, H) as the layout holds it."""
@@ -146,13 +148,8 @@ class MilLanguage:
         return self._mb.mul(x=getattr(self._mb, operation)(x=gate, **options), y=up)
 
     def last_row(self, x: Var) -> Var:
-        """The row that `last_row` names: rows after it are padding."""
-        size = list(x.shape)
-        axis = 3 if self._ane else 1
-        size[axis] = 1
-        begin: list[Var] = [np.int32([0])] * len(size)
-        begin[axis] = self.inputs.last_row
-        return self._mb.slice_by_size(x=x, begin=self._mb.concat(values=begin, axis=0), size=size)
+        """The row that `last_row` names: rows after it are padding. A gather, since of one row a slice is optimized out."""
+        return self._mb.gather(x=x, indices=self.inputs.last_row, axis=3 if self._ane else 1, validate_indices=False)
 
     def softcap(self, x: Var, cap: float) -> Var:
         capped = self._mb.tanh(x=self._mb.mul(x=x, y=self._number(1 / cap)))
@@ -247,15 +244,10 @@ class MilLanguage:
 
     def _cached(self, kind: str, rows: Var, layer: int) -> Var:
         """Write (1, kv_heads, S, head_dim) at `position` of a layer; all of the layer's positions, in the same type."""
-        mb, state = self._mb, self.shape.kv == "state"
-        _, heads, count, head_dim = rows.shape
-        position = self.inputs.position
-        stop = mb.add(x=position, y=np.int32([count]))
-        whole = {"begin": [layer, 0, 0, 0], "size": [1, heads, self.shape.context, head_dim]}
-        first, last = (layer, layer + 1) if state else (0, 1)
-        begin = mb.concat(values=[np.int32([first, 0]), position, np.int32([0])], axis=0)
-        end = mb.concat(values=[np.int32([last, heads]), stop, np.int32([head_dim])], axis=0)
-        if not state:
+        mb, kv_heads, head_dim = self._mb, self.spec.kv_heads, self.spec.head_dim
+        whole = {"begin": [layer, 0, 0, 0], "size": [1, kv_heads, self.shape.context, head_dim]}
+        begin, end = self._place(layer if self.shape.kv == "state" else 0)
+        if self.shape.kv == "io":
             self._new[kind].append(rows)
             cache = mb.slice_by_size(x=self._caches[kind], **whole)
             return mb.slice_update(x=cache, update=rows, begin=begin, end=end)
@@ -266,6 +258,17 @@ class MilLanguage:
         self._caches[kind] = mb.coreml_update_state(state=source, value=updated)
         cached = mb.slice_by_size(x=self._caches[kind], **whole)
         return cached if half else mb.cast(x=cached, dtype="fp32")
+
+    def _place(self, layer: int) -> tuple[Var, Var]:
+        """First and last corner of these rows in a cache, which its keys and values share."""
+        if layer not in self._places:
+            mb, kv_heads, head_dim = self._mb, self.spec.kv_heads, self.spec.head_dim
+            if self._stop is None:
+                self._stop = mb.add(x=self.inputs.position, y=np.int32([self.shape.rows]))
+            first = [np.int32([layer, 0]), self.inputs.position, np.int32([0])]
+            last = [np.int32([layer + 1, kv_heads]), self._stop, np.int32([head_dim])]
+            self._places[layer] = mb.concat(values=first, axis=0), mb.concat(values=last, axis=0)
+        return self._places[layer]
 
     def _constant(self, value: npt.NDArray[Any], name: str) -> Var:
         return self._mb.const(val=value, name=name.replace(".", "_"))
