@@ -177,6 +177,6 @@ def _palettize(mlmodel: Any, type: CoreMLType, found: Constants, tally: Tally, p
         mlmodel = optimize.palettize_weights(mlmodel, config)
     progress(f"{part}: {type.name}", 1, 1)
     missed = set(found.layers) & set(constants(mlmodel.get_spec()).layers)
-    tally.kept |= {name: "fp16: coremltools did not palettize it" for name in missed}
+    tally.kept |= dict.fromkeys(missed, "fp16: coremltools did not palettize it")
     tally.layers[type.name] = len(found.layers) - len(missed)
     return mlmodel
