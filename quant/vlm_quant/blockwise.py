@@ -58,11 +58,12 @@ def _int4(weights: NDArray[np.float32], dtype: Any) -> tuple[NDArray[np.float32]
 
 
 def _largest(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.maximum(weights.max(axis=1), -weights.min(axis=1))
+    largest: NDArray[np.float32] = np.maximum(weights.max(axis=1), -weights.min(axis=1))
+    return largest
 
 
 def _stored(scale: NDArray[np.float32], dtype: Any) -> NDArray[np.float32]:
     """What the file will hold, as float32; 1 where that is zero."""
-    kept = scale.astype(dtype).astype(np.float32)
+    kept: NDArray[np.float32] = scale.astype(dtype).astype(np.float32)
     kept[kept == 0] = 1
     return kept

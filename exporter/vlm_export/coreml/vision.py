@@ -77,7 +77,8 @@ def _converted(model: Model, part: EncoderPart, *, half: bool) -> Any:
     source, result = names(part)
     dtype = np.float16 if half else np.float32
     with quiet(), torch.no_grad():
-        traced = torch.jit.trace(module, torch.zeros(shape), check_trace=False)
+        trace: Any = torch.jit.trace  # has no types
+        traced = trace(module, torch.zeros(shape), check_trace=False)
         return ct.convert(
             traced,
             convert_to="mlprogram",
