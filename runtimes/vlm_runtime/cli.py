@@ -115,6 +115,14 @@ def ask(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file.", rich_help_panel=_RUNNING)
     ] = True,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Print the operations and weights of the bundle's Core ML packages (engine mil), and end.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = False,
 ) -> None:
     """Ask an exported model about pictures.
 
@@ -124,6 +132,9 @@ def ask(
 
     **A chat:**  vlm-run BUNDLE --image cat.png
     """
+    if explain:
+        _explain(bundle, engine, asked=prompt is not None or bool(image) or as_json, verify=verify)
+        return
     if as_json and prompt is None:
         raise InputError('--json needs a prompt: vlm-run BUNDLE --image a.png "What is this?" --json')
     if raw and prompt is None:
@@ -169,6 +180,21 @@ def ask(
 def main() -> None:
     """The entry point of `vlm-run`."""
     command.run(app)
+
+
+def _explain(folder: Path, engine: str | None, *, asked: bool, verify: bool) -> None:
+    """Print what engine mil reads, without running it."""
+    if engine not in (None, "mil") or asked:
+        raise InputError("--explain runs nothing: give it BUNDLE alone, or with --engine mil")
+    from rich.console import Console
+
+    from vlm_runtime.bundle import open_bundle
+    from vlm_runtime.mil.explain import explain
+
+    tables = explain(open_bundle(folder, verify=verify))
+    _plain_output()
+    for table in tables:
+        Console().print(table)
 
 
 def _plain(answer: Any) -> dict[str, Any]:

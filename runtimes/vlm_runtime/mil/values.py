@@ -153,7 +153,7 @@ def unpack(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Array:
     if bits >= 8:
         return raw.view(NUMPY[dtype]).reshape(shape)
     if bits == 4:
-        flat = np.empty(raw.size * 2, np.uint8)
+        flat: NDArray[Any] = np.empty(raw.size * 2, np.uint8)
         flat[0::2], flat[1::2] = raw & 15, raw >> 4
     elif bits in (1, 2):
         flat = (raw[:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & (1 << bits) - 1).reshape(-1)
