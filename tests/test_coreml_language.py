@@ -109,15 +109,150 @@ def relative(got: Floats, want: Floats) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def checked(make_tiny: MakeTiny, case: str, path: Path, bound: float, scale: float = 0.5) -> Session:
+    """The package's prompt and greedy steps are the reference's, and nothing overflowed."""
+    model = load_model(make_tiny(**CASES[case]))
+    rows, want = reference(model, scale)
+    session = Session(path, model.spec.language)
+    got = session.all(rows)
+    assert relative(got, want) <= bound
+    assert got.argmax(-1).tolist() == want.argmax(-1).tolist()
+    assert session.overflows == ()
+    return session
+
+
 @pytest.mark.parametrize("case", LANGUAGES)
 def test_every_family_agrees_over_prefill_and_decode(make_tiny: MakeTiny, convert: Convert, case: str) -> None:
     """Layouts and cache policies take turns, so that each stands with many families."""
     turn = LANGUAGES.index(case)
     path = convert(case, kv=("state", "io")[turn % 2], layout=("plain", "ane")[turn // 2 % 2])
-    model = load_model(make_tiny(**CASES[case]))
-    rows, want = reference(model)
+    checked(make_tiny, case, path, 1e-2)
+
+
+@pytest.mark.parametrize(("kv", "bound"), [("io", 1e-5), ("state", 2e-3)])
+def test_fp32_is_exact_but_for_the_state_which_core_ml_holds_in_float16(
+    make_tiny: MakeTiny, convert: Convert, kv: str, bound: float
+) -> None:
+    path = convert("phi3", FP32, kv=kv)
+    checked(make_tiny, "phi3", path, bound)
+    function = open_package(path).functions["decode"]
+    assert function.inputs["inputs_embeds"].dtype == function.outputs["logits"].dtype == "fp32"
+    assert function.inputs["key_cache"].dtype == ("fp16" if kv == "state" else "fp32")
+
+
+def test_channels_in_the_thousands_pass_through_float16_norms(make_tiny: MakeTiny, convert: Convert) -> None:
+    """Squares of them are beyond float16, which a norm written out in float16 would not survive."""
+    checked(make_tiny, "llama", convert("llama"), 1e-2, scale=2000)
+
+
+def test_padding_is_never_seen(make_tiny: MakeTiny, convert: Convert) -> None:
+    model = load_model(make_tiny(**CASES["mistral"]))
+    rows, _ = reference(model)
+    path = convert("mistral", kv="io", layout="ane")
+    clean, dirty = (Session(path, model.spec.language, padding).all(rows) for padding in (0.0, 30.0))
+    assert np.array_equal(clean, dirty)
+
+
+def test_a_rewound_cache_goes_on_as_a_new_one(make_tiny: MakeTiny, convert: Convert) -> None:
+    model = load_model(make_tiny(**CASES["gemma2"]))
+    rows, _ = reference(model)
+    case = LANGUAGES.index("gemma2")
+    path = convert("gemma2", kv=("state", "io")[case % 2], layout=("plain", "ane")[case // 2 % 2])
     session = Session(path, model.spec.language)
-    got = session.all(rows)
-    assert relative(got, want) <= 1e-2
-    assert got.argmax(-1).tolist() == want.argmax(-1).tolist()
-    assert session.overflows == ()
+    first = session.all(rows)
+    session.position = PREFILL
+    again = session.run("prefill", PREFILL, rows[PREFILL:PROMPT])
+    assert np.array_equal(again, first[0])
+
+
+def test_a_lost_mask_or_position_would_be_seen(make_tiny: MakeTiny, convert: Convert) -> None:
+    model = load_model(make_tiny(**CASES["llama"]))
+    rows, want = reference(model)
+    unmasked = Session(convert("llama"), model.spec.language, visible=False)
+    assert not relative(unmasked.all(rows), want) <= 1e-2
+    shifted = Session(convert("llama"), model.spec.language)
+    shifted.run("prefill", PREFILL, rows[:PREFILL])
+    shifted.position += 1
+    assert not relative(shifted.run("prefill", PREFILL, rows[PREFILL:PROMPT]), want[0]) <= 1e-2
+
+
+def test_functions_share_one_copy_of_the_weights(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    model = load_model(make_tiny())
+    path = tmp_path / "language_model.mlpackage"
+    details = convert_language(model, FP16, path, max_context=CONTEXT, prefill=(PREFILL, 4, 400))
+    assert details["functions"] == {"prefill": 16, "prefill_4": 4, "prefill_48": 48, "decode": 1}
+    assert details["kv"] == "state"
+    assert details["cache"] == "fp16"
+    names = [n for n in model.checkpoint.names() if n.startswith(("language_model.", "lm_head."))]
+    numbers = sum(int(np.prod(model.checkpoint.shape(n))) for n in names if "embed_tokens" not in n)
+    assert sum(f.stat().st_size for f in path.rglob("weight.bin")) < 1.1 * 2 * numbers
+    package = open_package(path)
+    assert package.default == "prefill"
+    assert package.metadata == {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": "language_model"}
+    assert [p.name for p in tmp_path.iterdir()] == ["language_model.mlpackage"]
+    rows, want = reference(model)
+    whole, pieces = Session(path, model.spec.language), Session(path, model.spec.language)
+    assert relative(whole.run("prefill_48", 48, rows[:PROMPT]), want[0]) <= 1e-2
+    for function, size, start, stop in (("prefill_4", 4, 0, 3), ("prefill", 16, 3, 19), ("prefill", 16, 19, PROMPT)):
+        last = pieces.run(function, size, rows[start:stop])
+    assert relative(last, want[0]) <= 1e-2
+
+
+@pytest.mark.parametrize(("weights", "cosine"), [("int8", 0.999), ("int4", 0.9)])
+@pytest.mark.parametrize("layout", ["plain", "ane"])
+def test_fewer_bits_in_both_layouts(
+    make_tiny: MakeTiny, convert: Convert, weights: str, cosine: float, layout: str
+) -> None:
+    path = convert("llama", Precision(weights), layout=layout)  # type: ignore[arg-type]
+    model = load_model(make_tiny(**CASES["llama"]))
+    rows, want = reference(model)
+    got = Session(path, model.spec.language).all(rows)
+    assert float((got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)) >= cosine
+    assert relative(got, want) > 1e-3
+
+
+def test_a_wide_head_is_split_for_the_neural_engine(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "ANE_CHANNELS", 100)
+    model = load_model(make_tiny())
+    path = tmp_path / "language_model.mlpackage"
+    convert_language(model, FP16, path, max_context=CONTEXT, layout="ane", prefill=(PREFILL,))
+    checked(make_tiny, "llama", path, 1e-2)
+    types = Counter(op.type for op in open_package(path).functions["decode"].block.operations)
+    assert types["conv"] > 22
+    assert types["linear"] == 0
+
+
+def test_what_cannot_be_converted_is_refused_in_one_line(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    model, path = load_model(make_tiny()), tmp_path / "language_model.mlpackage"
+    for options, message in (
+        ({"kv": "paged"}, "unknown KV cache policy 'paged': choose one of state, io"),
+        ({"layout": "tiled"}, "unknown layout 'tiled': choose one of plain, ane"),
+        ({"prefill": ()}, "prefill lengths none"),
+        ({"prefill": (16, 0)}, "prefill lengths 16, 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert_language(model, FP16, path, max_context=CONTEXT, **options)
+    strange = dataclasses.replace(model.spec.language, activation="quick_gelu")
+    strange_model = Model(model.checkpoint, dataclasses.replace(model.spec, language=strange))
+    with pytest.raises(CheckpointError, match="activation 'quick_gelu' has no Core ML form: supported are silu"):
+        convert_language(strange_model, FP16, path, max_context=CONTEXT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_float16_are_refused_by_name(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    model = load_model(make_tiny())
+    name = "language_model.layers.1.mlp.up_proj.weight"
+    stored = model.checkpoint.tensors[name]
+    large = dataclasses.replace(stored, array=np.full_like(stored.array, 7e4), map=None)
+    checkpoint = dataclasses.replace(model.checkpoint, tensors={**model.checkpoint.tensors, name: large})
+    path = tmp_path / "language_model.mlpackage"
+    with pytest.raises(CheckpointError, match=rf"{name}' has weights beyond float16's 65504: export it at fp32"):
+        convert_language(Model(checkpoint, model.spec), FP16, path, max_context=CONTEXT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prefill_lengths_are_cut_to_the_context() -> None:
+    assert function_rows((64,), 4096) == {"prefill": 64, "decode": 1}
+    assert function_rows((64, 256, 512), 128) == {"prefill": 64, "prefill_128": 128, "decode": 1}

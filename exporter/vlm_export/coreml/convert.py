@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -45,10 +45,11 @@ def convert_language(
     """Write the package `path` (language_model.mlpackage) and say what is in it.
 
     `prefill` are the rows of the prefill functions, none longer than the context: the first one is "prefill", others
-    "prefill_<rows>". Raises CheckpointError for what Core ML cannot express, DependencyError without coremltools.
+    "prefill_<rows>". A state is float16 also at fp32, since Core ML has no other. Twice the package's size is needed
+    beside `path` meanwhile. Raises InputError for options that are not, CheckpointError for what Core ML cannot
+    express, RecipeError for a precision it does not have, DependencyError without coremltools.
     """
-    if not prefill or min(prefill) < 1:
-        raise InputError(f"prefill lengths {tuple(prefill)}: give at least one, of 1 row or more")
+    _check(kv, layout, prefill, max_context)
     names = function_rows(prefill, max_context)
     dtype = np.float32 if precision.weights == "fp32" else np.float16
     details: dict[str, Any] = {}
@@ -58,11 +59,11 @@ def convert_language(
             shape = Shape(rows, max_context, layout, kv, dtype)
             packages[name] = Path(temporary) / f"{name}.mlpackage"
             stages = _Stages(progress, done, len(names), model.spec.language.layers + 2)
-            details = _function(model, precision, shape, packages[name], stages)
-            gc.collect()  # MIL programs are cycles that hold every weight
+            details = convert_function(model, precision, shape, packages[name], stages)
         merge(packages, path, {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": PART})
     progress(PART, 1, 1)
-    return {"functions": names, "kv": kv, "layout": layout, "max_context": max_context, **details}
+    cache = "fp32" if kv == "io" and dtype is np.float32 else "fp16"
+    return {"functions": names, "kv": kv, "cache": cache, "layout": layout, "max_context": max_context, **details}
 
 
 def function_rows(prefill: Sequence[int], max_context: int) -> dict[str, int]:
@@ -72,9 +73,22 @@ def function_rows(prefill: Sequence[int], max_context: int) -> dict[str, int]:
     return {**names, "decode": 1}
 
 
-def _function(model: Model, precision: Precision, shape: Shape, path: Path, stages: _Stages) -> dict[str, Any]:
-    """One function, compressed, saved as a package of its own."""
-    ct, program = coremltools(), emit(model, shape, stages)
+def _check(kv: str, layout: str, prefill: Sequence[int], max_context: int) -> None:
+    for what, given, allowed in (("KV cache policy", kv, get_args(KV)), ("layout", layout, get_args(Layout))):
+        if given not in allowed:
+            raise InputError(f"unknown {what} {given!r}: choose one of {', '.join(allowed)}")
+    if not prefill or min(prefill) < 1 or max_context < 1:
+        raise InputError(
+            f"prefill lengths {', '.join(map(str, prefill)) or 'none'} in a context of {max_context}: "
+            "give at least one length, and all of 1 row or more"
+        )
+
+
+def convert_function(
+    model: Model, precision: Precision, shape: Shape, path: Path, reached: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """One function, "main", compressed and saved as a package of its own; `reached` is told layers done."""
+    ct, program = coremltools(), emit(model, shape, reached)
     with quiet():
         mlmodel = ct.convert(
             program,
@@ -89,6 +103,8 @@ def _function(model: Model, precision: Precision, shape: Shape, path: Path, stag
     mlmodel, details = compress(mlmodel, precision, part=PART)
     with quiet():
         mlmodel.save(str(path))
+    del mlmodel, program
+    gc.collect()  # MIL programs are cycles that hold every weight
     return dict(details)
 
 
@@ -100,7 +116,7 @@ def _pipeline(ct: Any) -> Any:
     return pipeline
 
 
-def emit(model: Model, shape: Shape, stages: _Stages | None = None) -> Any:
+def emit(model: Model, shape: Shape, reached: Callable[[int], None] = lambda done: None) -> Any:
     """The walk as a MIL program of one function, "main"."""
     mil = coremltools("converters.mil.mil")
     types, mb = mil.types, mil.Builder
@@ -121,7 +137,7 @@ def emit(model: Model, shape: Shape, stages: _Stages | None = None) -> Any:
     with mil.Function(specs, target) as function:
         given: dict[str, Var] = dict(function.inputs)
         embeds = given.pop("inputs_embeds")
-        emitter = MilLanguage(model.checkpoint, spec, shape, Inputs(**given), stages or (lambda done: None))
+        emitter = MilLanguage(model.checkpoint, spec, shape, Inputs(**given), reached)
         logits = emitter.leave(walk(spec, emitter, emitter.enter(embeds)))
         function.set_outputs([logits] if shape.kv == "state" else [logits, *emitter.new_rows()])
     program.add_function("main", function)

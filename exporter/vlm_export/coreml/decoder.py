@@ -208,9 +208,7 @@ class MilLanguage:
         mb, (_, heads, rows, head_dim), half = self._mb, x.shape, attention.rope.dim // 2
         cos, sin = self._rope(attention)
         bounds = [(half, half), (0, half), (2 * half, head_dim - 2 * half)]
-        parts = [
-            mb.slice_by_size(x=x, begin=[0, 0, 0, at], size=[1, heads, rows, size]) for at, size in bounds if size
-        ]
+        parts = [mb.slice_by_size(x=x, begin=[0, 0, 0, at], size=[1, heads, rows, size]) for at, size in bounds if size]
         swapped = mb.concat(values=parts, axis=3)
         return mb.add(x=mb.mul(x=x, y=cos), y=mb.mul(x=swapped, y=sin))
 
