@@ -40,7 +40,10 @@ def dequantize_blocks(values: NDArray[np.int8], scales: Floats) -> NDArray[np.fl
 
 
 def _int8(weights: NDArray[np.float32], dtype: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    scale = _stored(_largest(weights) / np.float32(127), dtype)
+    largest = _largest(weights)
+    scale = _stored(largest / np.float32(127), dtype)
+    short = scale * np.float32(127.5) < largest  # fp16's subnormal numbers are far apart: round up, or values are cut
+    scale[short] = np.nextafter(scale[short].astype(dtype), dtype.type(np.inf))
     return np.clip(np.rint(weights / scale[:, None]), -127, 127), scale
 
 
