@@ -141,6 +141,14 @@ def test_the_ends_of_an_answer_are_known_to_llama_cpp(make: Made, tmp_path: Path
         assert [i for i in range(vocab.size) if vocab.ends(i)] == ids
 
 
+def test_ends_of_llama_cpps_own_are_recorded(make: Made) -> None:
+    checkpoint, spec = make(LIKE["smollm"]())
+    spec = dataclasses.replace(
+        spec, prompt=dataclasses.replace(spec.prompt, eos_token_ids=spec.prompt.eos_token_ids[:1])
+    )
+    assert tokenizer_fields(checkpoint, spec).details["also_ends"] == ["<|endoftext|>"]
+
+
 def test_a_fourth_end_is_said_not_to_end(make: Made) -> None:
     names = [f"<stop {i}>" for i in range(4)]
     checkpoint, spec = make(bytes_like(byte_level(), names))
