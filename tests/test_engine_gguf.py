@@ -134,6 +134,14 @@ def test_the_scale_of_the_graph_is_divided_out(tmp_path: Path, rows: np.ndarray,
     assert relative(decoder.decode(rows[30] * 8), want[30]) < 1e-5
 
 
+@pytest.mark.parametrize("scale", [0, -1.0, "8", None, [1]])
+def test_a_scale_that_cannot_be_is_refused(bundle: Bundle, scale: Any) -> None:
+    part = dataclasses.replace(bundle.part("language_model", "gguf"), details={"embed_scale": scale})
+    parts = {**bundle.manifest.parts, "language_model": {"gguf": part}}
+    with pytest.raises(BundleError, match="embed_scale is"):
+        engine.decoder(Bundle(bundle.folder, dataclasses.replace(bundle.manifest, parts=parts)), Options(threads=1))
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_rewinding_forgets_what_came_after(tmp_path: Path, rows: np.ndarray, arch: str) -> None:
     """gemma3 has sliding windows of 8: rows that slid out must still be there after going back."""
