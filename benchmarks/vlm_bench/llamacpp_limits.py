@@ -130,7 +130,8 @@ def _tiles(model: Model, work: Path, language: Path, threads: int) -> Iterator[L
         patch_size=vision.patch_size,
         num_additional_image_tokens=0,
     )
-    counted._get_unpadded_features = lambda *sizes: Next._get_unpadded_features(counted, *sizes)
+    unpadded: Any = Next._get_unpadded_features
+    counted._get_unpadded_features = lambda *sizes: unpadded(counted, *sizes)
     opened = Mtmd(file, language, threads=threads)
     for width, height in ((w * s // 336, h * s // 336) for w, h in TILED):
         pixels = np.full((height, width, 3), 128, np.uint8)
