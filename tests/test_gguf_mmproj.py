@@ -16,6 +16,7 @@ from PIL import Image
 from checkpoints import copy
 from conftest import MakeTiny
 from exporting import rewrite
+from vlm_bench.llamacpp_limits import limits
 from vlm_export import golden
 from vlm_export.gguf.architecture import architecture, embed_scale
 from vlm_export.gguf.class_row import in_order
@@ -259,3 +260,21 @@ def test_a_file_that_is_no_mmproj_is_refused_in_one_line(tiny: Path, tmp_path: P
     with pytest.raises(BundleError, match=r"^mmproj\.gguf cannot be opened by llama\.cpp") as raised:
         Mtmd(tmp_path / "mmproj.gguf", language(model, tmp_path), threads=1)
     assert "\n" not in str(raised.value)
+
+
+def test_the_limits_of_llama_cpp_are_measured_one_by_one(tiny: Path, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "siglip").mkdir()
+    clip = {(one.limit, one.measured): one for one in limits(tiny, tmp_path / "clip", 0, 1)}
+    siglip = {(one.limit, one.measured): one for one in limits(make_tiny(**SIGLIP), tmp_path / "siglip", 0, 1)}
+    order = ("class row last, patch 0 dropped", "rows, cosine")
+    assert clip[order].llamacpp < 0.9 < clip[order].ours
+    assert order not in siglip
+    scaled = ("picture of 500 × 372 padded and scaled by llama.cpp", "rows, cosine")
+    tokens = ("template never sees the picture", "prompt tokens")
+    for found in (clip, siglip):
+        assert found[scaled].llamacpp < 0.95
+        assert found[tokens].llamacpp == found[tokens].ours - 1
+        assert any("tiles" in limit and one.llamacpp != one.ours for (limit, _), one in found.items())
+        gelu = found["GELU by tanh where the checkpoint has erf", "rows, relative L2"]
+        assert 1e-6 < gelu.llamacpp < 1e-3

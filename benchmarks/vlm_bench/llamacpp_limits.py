@@ -17,6 +17,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from vlm_bench import report
 from vlm_export import golden
@@ -26,15 +27,16 @@ from vlm_export.gguf.mmproj import tower, unsupported, write_mmproj, write_tower
 from vlm_export.gguf.mtmd import Mtmd, bitmap, measure_mmproj
 from vlm_export.gguf.tensors import tensors
 from vlm_export.parity import distance
-from vlm_export.reference import Reference, compute_reference, looked_up, pixel_values, prompt_ids
+from vlm_export.reference import Reference, compute_reference, looked_up, pixel_values
 from vlm_export.target import silent
 from vlm_models.command import run
 from vlm_models.demo.scenes import make_scene, questions
 from vlm_models.errors import InputError
 from vlm_models.model import Model, load_model
+from vlm_models.processor import tokenizer_json
 from vlm_quant.gguf_types import GGUF_TYPES
 from vlm_runtime.engines.gguf import GgufDecoder
-from vlm_runtime.prompt import render, user_message
+from vlm_runtime.prompt import expand, render, user_message
 
 Floats = NDArray[np.float32]
 TILED = ((300, 200), (224, 112), (672, 336))  # width, height, for a tower of 336 pixels; scaled to the tower's size
@@ -166,7 +168,7 @@ def _answers(model: Model, mmproj: Path | None, language: Path, pictures: int, t
         threads=threads,
         embed_scale=float(scale),
     )
-    right = asked = 0
+    tokenizer, right, asked = Tokenizer.from_str(tokenizer_json(model.checkpoint)), 0, 0
     for seed in range(pictures):
         picture, objects = make_scene(seed, "test")
         pixels = pixel_values(model, picture)
@@ -177,27 +179,27 @@ def _answers(model: Model, mmproj: Path | None, language: Path, pictures: int, t
                 rows = model.projector()(model.vision_encoder()(torch.from_numpy(pixels)[None]))[0].numpy()
         for kind, question, answer in questions(objects, seed):
             if kind != "describe":
-                text = _greedy(model, decoder, rows, question)
+                text = _greedy(model, tokenizer, decoder, rows, question)
                 right, asked = right + (text == answer), asked + 1
     if opened is not None:
         opened.close()
     return right / asked
 
 
-def _greedy(model: Model, decoder: GgufDecoder, rows: Floats, question: str) -> str:
-    from transformers import AutoTokenizer
-
-    spec, auto = model.spec.prompt, AutoTokenizer
-    tokenizer: Any = auto.from_pretrained(model.checkpoint.folder, local_files_only=True)
-    ids = prompt_ids(model, render([user_message(question, 1, spec)], spec))
-    embeds = looked_up(model, [0 if i == spec.image_token_id else i for i in ids]).numpy().copy()
-    embeds[np.array(ids) == spec.image_token_id] = rows
+def _greedy(model: Model, tokenizer: Tokenizer, decoder: GgufDecoder, rows: Floats, question: str) -> str:
+    spec = model.spec.prompt
+    prompt = render([user_message(question, 1, spec)], spec)
+    starts = bool(spec.bos_token) and prompt.startswith(spec.bos_token or "")
+    ids = np.array(expand(tokenizer.encode(prompt, add_special_tokens=not starts).ids, spec, 1))
+    image = ids == spec.image_token_id
+    embeds = looked_up(model, np.where(image, 0, ids).tolist()).numpy().copy()
+    embeds[image] = rows
     decoder.rewind(0)
     logits, out = decoder.prefill(embeds), list[int]()
     while len(out) < LONGEST and (token := int(logits.argmax())) not in spec.eos_token_ids:
         out.append(token)
         logits = decoder.decode(looked_up(model, [token]).numpy()[0])
-    return str(tokenizer.decode(out, skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(out)).strip()
 
 
 def command(
