@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.gguf.architecture import architecture, embed_scale
+from vlm_export.gguf.architecture import architecture, embed_scale, inexact
 from vlm_export.gguf.file import FileFacts, write_gguf
 from vlm_export.gguf.mmproj import unsupported, write_mmproj
 from vlm_export.gguf.mtmd import measure_mmproj
@@ -71,6 +71,7 @@ def build(job: Job) -> dict[str, Part]:
         **calibrated,
         "architecture": arch.name,
         "embed_scale": embed_scale(spec.language),
+        "inexact": inexact(spec.language),
         "tokenizer": dict(words.details),
     }
     files = [LANGUAGE_MODEL]
@@ -81,6 +82,8 @@ def build(job: Job) -> dict[str, Part]:
     else:
         details["no_mmproj"] = reason
     notes = [*_notes(facts, kind.name, calibrated, kind.direct), *words.details.get("notes", [])]
+    if less := inexact(spec.language):
+        notes.append(less)
     if reason is not None:
         notes.append(f"no mmproj for llama.cpp's own tools: {reason}")
     return {"language_model": Part(LANGUAGE_MODEL, tuple(files), kind.name, {**details, "notes": notes})}
