@@ -16,7 +16,6 @@ from PIL import Image
 from checkpoints import copy
 from conftest import MakeTiny
 from exporting import rewrite
-from vlm_bench.llamacpp_limits import limits
 from vlm_export import golden
 from vlm_export.gguf.architecture import architecture, embed_scale
 from vlm_export.gguf.class_row import in_order
@@ -109,6 +108,31 @@ def test_rows_that_are_all_alike_or_extreme_are_still_told_apart(tiny: Path, tmp
     for pixels in (np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8), noise):
         want, prepared = expected(model, Image.fromarray(pixels))
         assert distance(want, rows(model, tmp_path / "mmproj.gguf", prepared))["relative_l2"] <= 5e-3
+
+
+@pytest.mark.parametrize("picture_of", ["grey", "noise"])
+def test_the_moving_block_finds_every_row_with_products_that_fp16_holds(picture_of: str, tiny: Path) -> None:
+    model = load_model(tiny)
+    moved = in_order(tower(model))
+    w = {name: weight.read().reshape(weight.shape).astype(np.float64) for name, weight in moved.weights.items()}
+    eps, heads = moved.keys["attention.layer_norm_epsilon"], moved.keys["attention.head_count"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt(x.var(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    pixels = np.zeros((16, 192)) if picture_of == "grey" else np.random.default_rng(0).choice([-2.2, 2.2], (16, 192))
+    kernel = w["v.patch_embd.weight"].reshape(-1, 192)
+    x = np.concatenate([pixels @ kernel.T, w["v.class_embd"][None]]) + w["v.position_embd.weight"]
+    y = norm(norm(x, "v.pre_ln"), "v.blk.0.ln1")
+    q, k = (y @ w[f"v.blk.0.attn_{letter}.weight"].T for letter in "qk")
+    q, k = (z.reshape(17, heads, -1)[:, 0] for z in (q / np.sqrt(len(kernel) / heads), k))
+    products = np.abs(q[:, None] * k[None])
+    assert products.max() < np.finfo(np.float16).max
+    scores = q @ k.T
+    right = np.roll(np.arange(17), 1)
+    others = np.where(np.eye(17)[right] == 1, -np.inf, scores)
+    assert (scores[np.arange(17), right] - others.max(-1)).min() >= 20
 
 
 def test_the_plain_layout_of_clip_is_wrong_upstream(tiny: Path, picture: Image.Image, tmp_path: Path) -> None:
@@ -260,21 +284,3 @@ def test_a_file_that_is_no_mmproj_is_refused_in_one_line(tiny: Path, tmp_path: P
     with pytest.raises(BundleError, match=r"^mmproj\.gguf cannot be opened by llama\.cpp") as raised:
         Mtmd(tmp_path / "mmproj.gguf", language(model, tmp_path), threads=1)
     assert "\n" not in str(raised.value)
-
-
-def test_the_limits_of_llama_cpp_are_measured_one_by_one(tiny: Path, make_tiny: MakeTiny, tmp_path: Path) -> None:
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "siglip").mkdir()
-    clip = {(one.limit, one.measured): one for one in limits(tiny, tmp_path / "clip", 0, 1)}
-    siglip = {(one.limit, one.measured): one for one in limits(make_tiny(**SIGLIP), tmp_path / "siglip", 0, 1)}
-    order = ("class row last, patch 0 dropped", "rows, cosine")
-    assert clip[order].llamacpp < 0.9 < clip[order].ours
-    assert order not in siglip
-    scaled = ("picture of 500 × 372 padded and scaled by llama.cpp", "rows, cosine")
-    tokens = ("template never sees the picture", "prompt tokens")
-    for found in (clip, siglip):
-        assert found[scaled].llamacpp < 0.95
-        assert found[tokens].llamacpp == found[tokens].ours - 1
-        assert any("tiles" in limit and one.llamacpp != one.ours for (limit, _), one in found.items())
-        gelu = found["GELU by tanh where the checkpoint has erf", "rows, relative L2"]
-        assert 1e-6 < gelu.llamacpp < 1e-3

@@ -82,8 +82,8 @@ class _Widths:
 
     @property
     def wide_d(self) -> int:
-        """Channels to a head, with room for the new ones; a multiple of 8."""
-        return -(-(self.loud + 2) // (8 * self.heads)) * 8
+        """Channels to a head, with room for the new ones and for two products of each bit; a multiple of 8."""
+        return max(-(-(self.loud + 2) // (8 * self.heads)), -(-2 * self.bits // 8)) * 8
 
     @property
     def wide(self) -> int:
@@ -174,15 +174,13 @@ def _moving_block(w: _Widths, eps: float, spread: float) -> dict[str, Weight]:
     gain = math.sqrt(_SCORE / 2 * math.sqrt(w.wide_d)) * spread
     scale = np.zeros(w.wide, np.float32)
     scale[: w.mean] = sigma / _SMALL
-    size = w.bits
 
     def lookup(first: int, constant: float) -> Floats:
         # Scores are -2 for each wrong bit, 0 at the place looked for, whatever factor a row's norm brings.
         out = np.zeros((w.heads, w.wide_d, w.wide), np.float32)
-        for i in range(size):
-            out[:, i, first + i] = gain
-        out[:, size, w.one] = gain * constant
-        out[:, : size + 1, w.no_code] = -out.sum(-1)[:, : size + 1]
+        for i in range(w.bits):  # each bit's product, and 1 off: no sum on the way is larger than fp16 holds
+            out[:, 2 * i, first + i], out[:, 2 * i + 1, w.one] = gain, constant * gain
+        out[:, : 2 * w.bits, w.no_code] = -out.sum(-1)[:, : 2 * w.bits]
         return out.reshape(w.wide, w.wide)
 
     def values() -> Floats:
@@ -200,7 +198,7 @@ def _moving_block(w: _Widths, eps: float, spread: float) -> dict[str, Weight]:
     quiet[w.loud], quiet[w.loud + 1] = -1.0, 1.0
     block = {
         "ln1.weight": scale,
-        "attn_q.weight": lambda: lookup(w.query, -float(w.bits)),
+        "attn_q.weight": lambda: lookup(w.query, -1.0),
         "attn_k.weight": lambda: lookup(w.key, 1.0),
         "attn_v.weight": values,
         "attn_out.weight": output,
