@@ -35,9 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "clip": {},
     "clip, the last layer": {"feature_layer": -1},
     "clip, embeddings and layers in any order": {"feature_layer": [-1, 0, 1]},
+    "clip, embeddings alone": {"feature_layer": 0},
     "clip of 49 patches, no projector bias": {"image_size": 56, "projector_bias": False},
     "clip for gemma, which scales rows": {"text": "gemma"},
     "siglip": {"tower": "siglip", "strategy": "full", "feature_layer": -1, "text": "qwen2", "dtype": "bfloat16"},
+    "siglip, embeddings alone": {"tower": "siglip", "strategy": "full", "feature_layer": 0},
     "siglip, a layer twice": {"tower": "siglip", "strategy": "full", "feature_layer": [2, -1, 2]},
     "siglip, pixels from -1 to 1": {
         "tower": "siglip",

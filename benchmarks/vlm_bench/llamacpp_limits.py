@@ -45,7 +45,9 @@ LONGEST = 12  # tokens of an answer of the demo
 
 @dataclass(frozen=True)
 class Limit:
-    """One number of llama.cpp's image path beside ours, which is the checkpoint's own to rounding."""
+    """One number of llama.cpp's image path beside ours: rows of our engines are the checkpoint's own to rounding (the
+    parity in every manifest), logits are measured with them.
+    """
 
     limit: str
     measured: str
@@ -213,11 +215,11 @@ def command(
     for folder in checkpoints:
         with tempfile.TemporaryDirectory() as work:
             found = list(limits(folder, Path(work), pictures, threads))
-        table = Table("limit", "measured", "llama.cpp", "ours", title=folder.resolve().name)
+        table = Table("limit", "measured", "llama.cpp", "ours", title=folder.absolute().name)
         for one in found:
             table.add_row(one.limit, one.measured, _shown(one.llamacpp), _shown(one.ours))
         console.print(table)
-        all_found[folder.resolve().name] = [asdict(one) for one in found]
+        all_found[folder.absolute().name] = [asdict(one) for one in found]
     if save:
         console.print(str(report.save(report.record("llamacpp-limits", limits=all_found))))
 
