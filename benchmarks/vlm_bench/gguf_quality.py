@@ -7,6 +7,7 @@ paired; intervals come from resampling pictures.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def variants(
     write_gguf(exact, arch, {}, weights, kind, {"tokenizer.ggml.model": "none"}, progress=silent)
     for name in formats:
         for weighed, matter in importances.items():
-            quantize_gguf(exact, out, GGUF_TYPES[name], matter, language, threads=1, progress=silent)
+            quantize_gguf(exact, out, GGUF_TYPES[name], matter, language, threads=os.cpu_count() or 1, progress=silent)
             decoder = GgufDecoder(
                 out,
                 hidden_size=language.hidden_size,
