@@ -138,9 +138,9 @@ def test_the_moving_block_finds_every_row_with_products_that_fp16_holds(picture_
 
 
 def test_the_plain_layout_of_clip_is_wrong_upstream(tiny: Path, picture: Image.Image, tmp_path: Path) -> None:
-    """When this fails, llama.cpp's graph is mended, and CLIP towers must be written with reorder=False."""
+    """When this fails, llama.cpp's graph is mended, and CLIP towers must be written with plain=True."""
     model = load_model(tiny)
-    write_mmproj(model, tmp_path / "mmproj.gguf", type="f32", reorder=False)
+    write_mmproj(model, tmp_path / "mmproj.gguf", type="f32", plain=True)
     want, pixels = expected(model, picture)
     assert distance(want, rows(model, tmp_path / "mmproj.gguf", pixels))["cosine"] < 0.9
 
@@ -248,26 +248,29 @@ def test_weights_beyond_fp16_are_refused_by_name(make_tiny: MakeTiny, tmp_path: 
     write_mmproj(model, tmp_path / "mmproj.gguf", type="f32")
 
 
-@pytest.mark.parametrize(("options", "reorder"), [({**SIGLIP}, True), ({}, True), ({}, False)])
-def test_the_record_of_a_measurement(
-    options: dict[str, Any], reorder: bool, make_tiny: MakeTiny, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("options", [SIGLIP, {}])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_record_of_a_measurement(options: dict[str, Any], plain: bool, make_tiny: MakeTiny, tmp_path: Path) -> None:
     model = load_model(make_tiny(**options))
-    path = golden.write_picture(tmp_path)
+    path, clip = golden.write_picture(tmp_path), not options
     reference = compute_reference(model, path, golden.prompt(model.spec.prompt), tokens=1)
-    write_mmproj(model, tmp_path / "mmproj.gguf", reorder=reorder)
+    write_mmproj(model, tmp_path / "mmproj.gguf", plain=plain)
     found = measure_mmproj(tmp_path / "mmproj.gguf", language(model, tmp_path), path, reference, model.spec, threads=1)
     assert found["exact"]["logits"]["relative_l2"] <= 1e-5
     assert found["prepared"]["rows"] == found["as_it_is"]["rows"] == 16
-    assert found["as_it_is"]["image_embeds"]["cosine"] < 0.95  # it pads where the checkpoint crops or squashes
-    if reorder:
-        assert found["prepared"]["image_embeds"]["relative_l2"] <= 5e-3
-        assert found["prepared"]["logits"]["relative_l2"] <= 5e-3
-        assert found["note"].startswith("llama.cpp's own image path equals the checkpoint")
-    else:
+    prepared, as_it_is = (found[name]["image_embeds"] for name in ("prepared", "as_it_is"))
+    if clip and plain:
         assert found["prepared"]["logits"]["relative_l2"] > 0.01
         assert "deviates" in found["note"]
-    assert (CLASS_ROW_ISSUE in found["note"]) == (options == {})
+    else:
+        assert prepared["relative_l2"] <= 5e-3
+        assert found["prepared"]["logits"]["relative_l2"] <= 5e-3
+        assert found["note"].startswith("llama.cpp's own image path equals the checkpoint")
+    if clip or plain:
+        assert as_it_is["cosine"] < 0.95  # it pads where the checkpoint crops or squashes
+    else:
+        assert as_it_is["relative_l2"] <= 5e-3
+    assert (CLASS_ROW_ISSUE in found["note"]) == clip
     assert "\n" not in found["note"]
     json.dumps(found)
 
