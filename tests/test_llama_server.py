@@ -163,6 +163,20 @@ def test_a_chat_with_a_picture_gives_the_checkpoints_tokens(served: Served) -> N
     assert answer["usage"]["completion_tokens"] == TOKENS
 
 
+def test_a_picture_that_nobody_prepared_gives_the_checkpoints_tokens(served: Served, tmp_path: Path) -> None:
+    """Any for SigLIP, which squashes; a square one for CLIP, of which llama.cpp pads others."""
+    picture = golden.picture()
+    if served.model.spec.vision.model_type.startswith("clip"):
+        picture = picture.crop((20, 0, 20 + picture.height, picture.height))
+    picture.save(tmp_path / "picture.png")
+    prompt, marker = served.reference.prompt, served.server.get("/props")["media_marker"]
+    reference = compute_reference(served.model, tmp_path / "picture.png", prompt, tokens=TOKENS)
+    text = prompt.replace(served.model.spec.prompt.image_token, marker)
+    given = {"prompt_string": text, "multimodal_data": [url(picture).partition(",")[2]]}
+    asked = {"prompt": given, "n_predict": TOKENS, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    assert served.server.post("/completions", asked)["tokens"] == list(reference.greedy)
+
+
 def test_the_servers_prompt_is_the_checkpoints_own(served: Served) -> None:
     """llama-server makes one text of a message with a picture; the template takes it apart again."""
     spec = served.model.spec.prompt
