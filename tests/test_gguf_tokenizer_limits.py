@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tokenizers_like import IMAGE, LIKE, LLAMA3, Json, byte_level, bytes_like, pieces_like, split, write_checkpoint
 from vlm_export.gguf import tokenizer as gguf_tokenizer
@@ -110,11 +113,43 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_it_is_asked(
     assert "--gguf-tokenizer none" in str(error.value)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_a_changed_tokenizer_is_proved_or_refused_and_never_ends_the_process(seed: int, make: Made) -> None:
+    chance = random.Random(seed)
+    source = LIKE[chance.choice(list(LIKE))]()
+    other = LIKE[chance.choice(list(LIKE))]()
+    model, merges = source["model"], source["model"]["merges"]
+    for change in chance.sample(range(7), 2):
+        match change:
+            case 0:
+                chance.shuffle(merges)
+            case 1:
+                del merges[chance.randrange(1, len(merges)) :]
+            case 2:
+                flag = chance.choice(["rstrip", "lstrip", "single_word", "normalized", "special"])
+                chance.choice(source["added_tokens"])[flag] = chance.random() < 0.7
+            case 3:
+                source["pre_tokenizer"] = other["pre_tokenizer"]
+            case 4:
+                source["normalizer"] = other["normalizer"]
+            case 5:
+                source["decoder"], source["post_processor"] = other["decoder"], None
+            case 6:
+                model["ignore_merges"], model["byte_fallback"] = True, not model["byte_fallback"]
+    try:
+        found = tokenizer_fields(*make(source, name=chance.choice(["ours", "phi3"])))
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.details["notes"] or found.details["equal"] == found.details["texts"]
+
+
 def test_texts_that_llama_cpp_would_confuse_are_refused() -> None:
     source = LIKE["gpt2"]()
     source["model"]["vocab"] |= {"x\0y": 7001}
     with pytest.raises(CheckpointError, match="and 7001"):
-        read_vocabulary(source, 7003, "here: the tokenizer")
+        read_vocabulary(Tokenizer.from_str(json.dumps(source)), source, 7003, "here: the tokenizer")
 
 
 def test_rows_without_a_token_are_unused_and_tokens_without_a_row_are_left_out(make: Made) -> None:

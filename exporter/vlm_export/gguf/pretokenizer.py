@@ -48,6 +48,7 @@ _NAMES = (
     "qwen35",
     "tekken",
     "gpt-4o",
+    "granite-embed-multi-97m",  # gpt-4o with combining marks as letters
     "falcon",
     "deepseek-llm",
     "deepseek-coder",
@@ -69,7 +70,6 @@ _NAMES = (
     "youtu",
     "jais-2",
     "exaone-moe",
-    "granite-embed-multi-97m",
     "tiny_aya",
     "ufakzeka",
     "afmoe",
