@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -137,12 +138,10 @@ def test_a_changed_tokenizer_is_proved_or_refused_and_never_ends_the_process(see
                 source["decoder"], source["post_processor"] = other["decoder"], None
             case 6:
                 model["ignore_merges"], model["byte_fallback"] = True, not model["byte_fallback"]
-    try:
-        found = tokenizer_fields(*make(source, name=chance.choice(["ours", "phi3"])))
-    except CheckpointError as error:
-        assert "\n" not in str(error)
-    else:
-        assert found.details["notes"] or found.details["equal"] == found.details["texts"]
+    checkpoint, spec = make(source, name=chance.choice(["ours", "phi3"]))
+    with contextlib.suppress(CheckpointError):
+        details = tokenizer_fields(checkpoint, spec).details
+        assert details["notes"] or details["equal"] == details["texts"]
 
 
 def test_texts_that_llama_cpp_would_confuse_are_refused() -> None:
