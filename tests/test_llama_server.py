@@ -225,7 +225,7 @@ def test_the_trained_demo_answers_about_its_pictures(tmp_path: Path) -> None:
     model = load_model(tmp_path / "checkpoint")
     right = asked = 0
     with serving(*write(model, tmp_path, "f16"), tmp_path / "log") as server:
-        for seed in range(6):
+        for seed in range(4):
             picture, objects = scenes.make_scene(seed, "test")
             for _, question, expected in scenes.questions(objects, seed)[:3]:
                 body = {"messages": message(picture, question), "max_tokens": 24, "temperature": 0}
