@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from conftest import MakeTiny
 from vlm_export.gguf import file
 from vlm_export.gguf.architecture import Architecture
+from vlm_export.gguf.blocks import largest
 from vlm_export.gguf.file import FileFacts, checked, write_gguf
 from vlm_export.gguf.tensors import Tensor, exact_type, tensors
 from vlm_export.target import silent
@@ -82,19 +83,35 @@ def test_rows_that_no_block_divides_are_f16_and_named_with_the_reason(tmp_path: 
 def test_weights_beyond_fp16_are_refused_before_they_become_infinite(tmp_path: Path) -> None:
     large = np.full((2, 32), 1e5, np.float32)
     tensor, _ = matrix("output.weight", 2, 32, read=lambda a, b: large[a:b])
-    with pytest.raises(RecipeError, match=r"source of output.weight reaches 1e\+05, beyond f16: choose language=bf16"):
+    with pytest.raises(RecipeError, match=r"source of output.weight reaches 1e\+05, beyond f16: choose bf16 or fp32"):
         write(tmp_path / "x.gguf", [tensor], "f16")
     write(tmp_path / "x.gguf", [tensor], "bf16")
     write(tmp_path / "x.gguf", [tensor], "q8_0")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e7])
-@pytest.mark.parametrize("type", ["q8_0", "q5_1"])
-def test_blocks_that_would_not_be_finite_are_refused(tmp_path: Path, type: str, bad: float) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("type", ["f16", "q8_0", "q5_1"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, type: str, bad: float) -> None:
     values = np.ones((2, 64), np.float32)
     values[1, 40] = bad
     tensor, _ = matrix("blk.0.ffn_up.weight", 2, 64, read=lambda a, b: values[a:b])
-    with pytest.raises(CheckpointError, match=r"source of blk.0.ffn_up.weight holds weights"):
+    with pytest.raises(CheckpointError, match=r"source of blk.0.ffn_up.weight holds weights that are not finite"):
+        write(tmp_path / "x.gguf", [tensor], type)
+
+
+@pytest.mark.parametrize("type", [type for type in DIRECT if type not in ("f32", "bf16")])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_weight_of_a_type_is_written_and_a_larger_one_refused(tmp_path: Path, type: str, sign: int) -> None:
+    values = np.zeros((1, 64), np.float32)
+    values[0, 7] = sign * largest(type)
+    tensor, _ = matrix("blk.0.ffn_up.weight", 1, 64, read=lambda a, b: values[a:b])
+    write(tmp_path / "x.gguf", [tensor], type)
+    (found,) = GGUFReader(tmp_path / "x.gguf").tensors
+    got = quants.dequantize(found.data, found.tensor_type)[0]
+    assert np.isfinite(got).all()
+    assert got[7] == pytest.approx(values[0, 7], rel=0.13)
+    values *= 1.01
+    with pytest.raises(RecipeError, match=f"beyond {type}: choose bf16 or fp32"):
         write(tmp_path / "x.gguf", [tensor], type)
 
 

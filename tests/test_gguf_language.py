@@ -23,6 +23,7 @@ from vlm_models.model import Model, load_model
 from vlm_quant.gguf_types import GGUF_TYPES
 from vlm_runtime import llama
 from vlm_runtime.engines.gguf import GgufDecoder
+from vlm_runtime.gguf_header import check_language_model, read_header
 
 ROWS, CONTEXT = 45, 128
 NO_VOCABULARY = {"tokenizer.ggml.model": "none"}
@@ -144,6 +145,7 @@ def test_llama_cpp_computes_what_the_reference_computes(
     exact, half = tmp_path / "f32.gguf", tmp_path / "f16.gguf"
     written(model, exact)
     written(model, half, "f16")
+    check_language_model(read_header(exact), exact, model.spec)
     tabled = bool(inexact(model.spec.language))
     if tabled:
         assert deviation(model, exact).worst <= 2e-3

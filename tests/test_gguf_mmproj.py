@@ -35,9 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "clip": {},
     "clip, the last layer": {"feature_layer": -1},
     "clip, embeddings and layers in any order": {"feature_layer": [-1, 0, 1]},
+    "clip, embeddings alone": {"feature_layer": 0},
     "clip of 49 patches, no projector bias": {"image_size": 56, "projector_bias": False},
     "clip for gemma, which scales rows": {"text": "gemma"},
     "siglip": {"tower": "siglip", "strategy": "full", "feature_layer": -1, "text": "qwen2", "dtype": "bfloat16"},
+    "siglip, embeddings alone": {"tower": "siglip", "strategy": "full", "feature_layer": 0},
     "siglip, a layer twice": {"tower": "siglip", "strategy": "full", "feature_layer": [2, -1, 2]},
     "siglip, pixels from -1 to 1": {
         "tower": "siglip",
@@ -110,10 +112,35 @@ def test_rows_that_are_all_alike_or_extreme_are_still_told_apart(tiny: Path, tmp
         assert distance(want, rows(model, tmp_path / "mmproj.gguf", prepared))["relative_l2"] <= 5e-3
 
 
-def test_the_plain_layout_of_clip_is_wrong_upstream(tiny: Path, picture: Image.Image, tmp_path: Path) -> None:
-    """When this fails, llama.cpp's graph is mended, and CLIP towers must be written with reorder=False."""
+@pytest.mark.parametrize("picture_of", ["grey", "noise"])
+def test_the_moving_block_finds_every_row_with_products_that_fp16_holds(picture_of: str, tiny: Path) -> None:
     model = load_model(tiny)
-    write_mmproj(model, tmp_path / "mmproj.gguf", type="f32", reorder=False)
+    moved = in_order(tower(model))
+    w = {name: weight.read().reshape(weight.shape).astype(np.float64) for name, weight in moved.weights.items()}
+    eps, heads = moved.keys["attention.layer_norm_epsilon"], moved.keys["attention.head_count"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt(x.var(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    pixels = np.zeros((16, 192)) if picture_of == "grey" else np.random.default_rng(0).choice([-2.2, 2.2], (16, 192))
+    kernel = w["v.patch_embd.weight"].reshape(-1, 192)
+    x = np.concatenate([pixels @ kernel.T, w["v.class_embd"][None]]) + w["v.position_embd.weight"]
+    y = norm(norm(x, "v.pre_ln"), "v.blk.0.ln1")
+    q, k = (y @ w[f"v.blk.0.attn_{letter}.weight"].T for letter in "qk")
+    q, k = (z.reshape(17, heads, -1)[:, 0] for z in (q / np.sqrt(len(kernel) / heads), k))
+    products = np.abs(q[:, None] * k[None])
+    assert products.max() < np.finfo(np.float16).max
+    scores = q @ k.T
+    right = np.roll(np.arange(17), 1)
+    others = np.where(np.eye(17)[right] == 1, -np.inf, scores)
+    assert (scores[np.arange(17), right] - others.max(-1)).min() >= 20
+
+
+def test_the_plain_layout_of_clip_is_wrong_upstream(tiny: Path, picture: Image.Image, tmp_path: Path) -> None:
+    """When this fails, llama.cpp's graph is mended, and CLIP towers must be written with plain=True."""
+    model = load_model(tiny)
+    write_mmproj(model, tmp_path / "mmproj.gguf", type="f32", plain=True)
     want, pixels = expected(model, picture)
     assert distance(want, rows(model, tmp_path / "mmproj.gguf", pixels))["cosine"] < 0.9
 
@@ -221,26 +248,29 @@ def test_weights_beyond_fp16_are_refused_by_name(make_tiny: MakeTiny, tmp_path: 
     write_mmproj(model, tmp_path / "mmproj.gguf", type="f32")
 
 
-@pytest.mark.parametrize(("options", "reorder"), [({**SIGLIP}, True), ({}, True), ({}, False)])
-def test_the_record_of_a_measurement(
-    options: dict[str, Any], reorder: bool, make_tiny: MakeTiny, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("options", [SIGLIP, {}])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_record_of_a_measurement(options: dict[str, Any], plain: bool, make_tiny: MakeTiny, tmp_path: Path) -> None:
     model = load_model(make_tiny(**options))
-    path = golden.write_picture(tmp_path)
+    path, clip = golden.write_picture(tmp_path), not options
     reference = compute_reference(model, path, golden.prompt(model.spec.prompt), tokens=1)
-    write_mmproj(model, tmp_path / "mmproj.gguf", reorder=reorder)
+    write_mmproj(model, tmp_path / "mmproj.gguf", plain=plain)
     found = measure_mmproj(tmp_path / "mmproj.gguf", language(model, tmp_path), path, reference, model.spec, threads=1)
     assert found["exact"]["logits"]["relative_l2"] <= 1e-5
     assert found["prepared"]["rows"] == found["as_it_is"]["rows"] == 16
-    assert found["as_it_is"]["image_embeds"]["cosine"] < 0.95  # it pads where the checkpoint crops or squashes
-    if reorder:
-        assert found["prepared"]["image_embeds"]["relative_l2"] <= 5e-3
-        assert found["prepared"]["logits"]["relative_l2"] <= 5e-3
-        assert found["note"].startswith("llama.cpp's own image path equals the checkpoint")
-    else:
+    prepared, as_it_is = (found[name]["image_embeds"] for name in ("prepared", "as_it_is"))
+    if clip and plain:
         assert found["prepared"]["logits"]["relative_l2"] > 0.01
         assert "deviates" in found["note"]
-    assert (CLASS_ROW_ISSUE in found["note"]) == (options == {})
+    else:
+        assert prepared["relative_l2"] <= 5e-3
+        assert found["prepared"]["logits"]["relative_l2"] <= 5e-3
+        assert found["note"].startswith("llama.cpp's own image path equals the checkpoint")
+    if clip or plain:
+        assert as_it_is["cosine"] < 0.95  # it pads where the checkpoint crops or squashes
+    else:
+        assert as_it_is["relative_l2"] <= 5e-3
+    assert (CLASS_ROW_ISSUE in found["note"]) == clip
     assert "\n" not in found["note"]
     json.dumps(found)
 

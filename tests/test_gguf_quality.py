@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from conftest import MakeTiny
-from vlm_bench import gguf_quality
-from vlm_bench.gguf_quality import Quality, Truth, compared, held_out, intervals, rows
+from vlm_bench import gguf_quality, report
+from vlm_bench.gguf_quality import Quality, Truth, compared, held_out, intervals, rows, together
 from vlm_export.gguf.architecture import architecture
 from vlm_export.gguf.file import write_gguf
 from vlm_export.gguf.tensors import tensors
 from vlm_export.importance import measure
 from vlm_export.target import silent
+from vlm_models.demo.scenes import write_calibration
 from vlm_models.errors import InputError
 from vlm_models.model import Model, load_model
 from vlm_quant.calibration import Calibration, Pair
@@ -80,6 +81,13 @@ def test_shared_rows_end_before_the_first_that_is_read(truths: list[Truth]) -> N
     assert gguf_quality.shared(torch.empty(0, 0), first.example) == 0
 
 
+def test_files_of_several_samples_count_alike() -> None:
+    tokens = np.array([2, 2])
+    both = together([Quality(np.array(kl), tokens, agree, 9) for kl, agree in (([1.0, 3.0], 4), ([3.0, 1.0], 2))])
+    assert both.kl.tolist() == [2.0, 2.0]
+    assert (both.mean, both.agree, both.bytes, both.files) == (1.0, 3.0, 9, (1.0, 1.0))
+
+
 def test_intervals_are_of_pairs() -> None:
     """A file that is always a tenth better is so in every resample, however much pictures differ."""
     rng = np.random.default_rng(2)
@@ -110,10 +118,22 @@ def test_unknown_types_are_refused_before_any_work(tmp_path: Path) -> None:
         gguf_quality.command(tmp_path, formats="q9_9")
 
 
+def test_the_command_writes_what_it_shows(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = write_calibration(tmp_path / "calibration", 2).parent
+    monkeypatch.chdir(tmp_path)
+    gguf_quality.command(tiny, pictures=2, calibration=calibration, samples=4, draws=2, formats="q4_0", save=True)
+    (path,) = (tmp_path / report.RESULTS).iterdir()
+    saved = json.loads(path.read_text())
+    assert [row["importance"] for row in saved["table"]] == list(gguf_quality.WEIGHED)
+    assert [len(row["kl_of_files"]) for row in saved["table"]] == [1, 2, 2]
+    assert (saved["pictures"], saved["calibration_pairs"]) == (2, 4)
+
+
 def test_variants_are_measured_in_turn(model: Model, truths: list[Truth], tmp_path: Path) -> None:
     matter = measure(model, [truth.example for truth in truths])
-    importances = {"no": None, "image-text": matter}
+    importances = {"no": [None], "image-text": [matter, matter]}
     found = list(gguf_quality.variants(model, importances, ["q4_0"], truths, tmp_path))
     assert [(name, weighed) for name, weighed, _ in found] == [("q4_0", "no"), ("q4_0", "image-text")]
     assert found[0][2].mean != found[1][2].mean
+    assert found[1][2].files == pytest.approx([found[1][2].mean] * 2)
     assert not (tmp_path / "quantized.gguf").exists()

@@ -119,6 +119,19 @@ def test_rows_that_no_block_divides_are_named(make_tiny: MakeTiny, tmp_path: Pat
     assert set(facts.fallbacks) == {t.name for t in tensors(model.checkpoint, model.spec) if t.matrix}
 
 
+@pytest.mark.parametrize(("type", "changes"), [("q4_k_m", False), ("iq4_xs", True)])
+def test_substitutes_are_weighed_where_that_helps(
+    make_tiny: MakeTiny, tmp_path: Path, type: str, changes: bool
+) -> None:
+    """q5_0 for q4_k stays plainly rounded, whose errors have no sign; iq4_nl for iq4_xs searches its scales anyway."""
+    model = load_model(make_tiny())
+    source, place = written(model, tmp_path / "exact.gguf"), "blk.1.ffn_gate.weight"
+    quantized(model, source, tmp_path / "plain.gguf", type)
+    quantized(model, source, tmp_path / "weighed.gguf", type, uneven(model))
+    plain, weighed = values(tmp_path / "plain.gguf"), values(tmp_path / "weighed.gguf")
+    assert np.array_equal(plain[place], weighed[place]) is not changes
+
+
 @pytest.mark.parametrize("type", ["iq4_nl", "q4_0", "q5_0"])
 def test_types_of_small_blocks_fall_back_only_where_they_must(make_tiny: MakeTiny, tmp_path: Path, type: str) -> None:
     options = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3}

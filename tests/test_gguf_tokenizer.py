@@ -71,8 +71,7 @@ def test_each_family_is_recognised_and_proved(family: str, fields: Callable[[str
     assert (found.details["model"], found.details["pre"]) == (model, pre)
     assert choices(LIKE[family](), prefix=False)[0].pre == pre  # by its structure, before any trial
     assert (found.details["equal"] == found.details["texts"]) is everywhere
-    limits = [note for note in found.details["notes"] if "ends an answer" not in note]
-    assert bool(limits) is not everywhere
+    assert bool(found.details["notes"]) is not everywhere
 
 
 @pytest.mark.parametrize("family", LIKE)
@@ -125,7 +124,7 @@ def test_any_text_gives_the_same_ids(
     spaces = fields(family).values["tokenizer.ggml.model"] == "llama"
     with loaded(path) as vocab:
 
-        @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(_TEXTS)
         def same(parts: list[str]) -> None:
             expected = cases(tokenizer, ["".join(parts)])

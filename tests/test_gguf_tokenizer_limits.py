@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tokenizers_like import IMAGE, LIKE, LLAMA3, Json, byte_level, bytes_like, pieces_like, split, write_checkpoint
 from vlm_export.gguf import tokenizer as gguf_tokenizer
@@ -110,11 +114,41 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_it_is_asked(
     assert "--gguf-tokenizer none" in str(error.value)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_a_changed_tokenizer_is_proved_or_refused_and_never_ends_the_process(seed: int, make: Made) -> None:
+    chance = random.Random(seed)
+    source = LIKE[chance.choice(list(LIKE))]()
+    other = LIKE[chance.choice(list(LIKE))]()
+    model, merges = source["model"], source["model"]["merges"]
+    for change in chance.sample(range(7), 2):
+        match change:
+            case 0:
+                chance.shuffle(merges)
+            case 1:
+                del merges[chance.randrange(1, len(merges)) :]
+            case 2:
+                flag = chance.choice(["rstrip", "lstrip", "single_word", "normalized", "special"])
+                chance.choice(source["added_tokens"])[flag] = chance.random() < 0.7
+            case 3:
+                source["pre_tokenizer"] = other["pre_tokenizer"]
+            case 4:
+                source["normalizer"] = other["normalizer"]
+            case 5:
+                source["decoder"], source["post_processor"] = other["decoder"], None
+            case 6:
+                model["ignore_merges"], model["byte_fallback"] = True, not model["byte_fallback"]
+    checkpoint, spec = make(source, name=chance.choice(["ours", "phi3"]))
+    with contextlib.suppress(CheckpointError):
+        details = tokenizer_fields(checkpoint, spec).details
+        assert details["notes"] or details["equal"] == details["texts"]
+
+
 def test_texts_that_llama_cpp_would_confuse_are_refused() -> None:
     source = LIKE["gpt2"]()
     source["model"]["vocab"] |= {"x\0y": 7001}
     with pytest.raises(CheckpointError, match="and 7001"):
-        read_vocabulary(source, 7003, "here: the tokenizer")
+        read_vocabulary(Tokenizer.from_str(json.dumps(source)), source, 7003, "here: the tokenizer")
 
 
 def test_rows_without_a_token_are_unused_and_tokens_without_a_row_are_left_out(make: Made) -> None:
@@ -139,6 +173,14 @@ def test_the_ends_of_an_answer_are_known_to_llama_cpp(make: Made, tmp_path: Path
     write_vocabulary(tmp_path / "v.gguf", found.values)
     with loaded(tmp_path / "v.gguf") as vocab:
         assert [i for i in range(vocab.size) if vocab.ends(i)] == ids
+
+
+def test_ends_of_llama_cpps_own_are_recorded(make: Made) -> None:
+    checkpoint, spec = make(LIKE["smollm"]())
+    spec = dataclasses.replace(
+        spec, prompt=dataclasses.replace(spec.prompt, eos_token_ids=spec.prompt.eos_token_ids[:1])
+    )
+    assert tokenizer_fields(checkpoint, spec).details["also_ends"] == ["<|endoftext|>"]
 
 
 def test_a_fourth_end_is_said_not_to_end(make: Made) -> None:

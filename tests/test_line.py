@@ -17,17 +17,23 @@ from vlm_runtime.cli import main as run_main
 QUESTION = "What colour is the large circle?"
 
 
+@pytest.mark.parametrize("target", ["onnx", "gguf"])
 def test_a_checkpoint_is_exported_and_answers(
-    tiny: Path, picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: str,
+    tiny: Path,
+    picture_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle = str(tmp_path / "bundle")
-    line = ["vlm-export", str(tiny), "--target", "onnx", "-o", bundle, "--precision", "fp32"]
+    line = ["vlm-export", str(tiny), "--target", target, "-o", bundle, "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as exported:
         export_main()
     assert not exported.value.code
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    greedy = manifest["parity"]["onnx"]["greedy"]
+    greedy = manifest["parity"][target]["greedy"]
     assert (greedy["equal"], greedy["of"]) == (32, 32)
     capsys.readouterr()
 

@@ -150,6 +150,8 @@ def test_a_model_larger_than_the_memory_is_streamed(
 class Fake:
     """A runner that returns the reference's numbers, some of them changed."""
 
+    inexact = False
+
     def __init__(self, reference: Reference, **changed: np.ndarray) -> None:
         values = {f.name: getattr(reference, f.name) for f in dataclasses.fields(reference)} | changed
         for stage in ("pixel_values", "image_features", "image_embeds", "inputs_embeds"):
@@ -159,6 +161,15 @@ class Fake:
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         self.asked = tuple(tokens)
         return self._logits
+
+
+def test_an_engine_that_rounds_by_itself_is_held_to_fp16_limits_in_its_logits_alone(reference: Reference) -> None:
+    rounding = Fake(reference)
+    rounding.inexact = True
+    found = parity.measure(rounding, reference, parse_recipe("fp32"))  # type: ignore[arg-type]
+    assert found["stages"]["logits"]["threshold"] == dict(parity.LOGITS["fp16"])
+    assert found["stages"]["image_embeds"]["threshold"] == dict(parity.ROWS["fp32"])
+    assert "threshold" not in found["greedy"]
 
 
 def measured(reference: Reference, precision: str = "fp32", **changed: Any) -> dict[str, Any]:

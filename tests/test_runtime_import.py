@@ -31,7 +31,9 @@ def test_importing_the_runtime_loads_nothing_heavy_and_is_quick() -> None:
     assert min(spent for spent, _ in measured) < 0.3
 
 
-@pytest.mark.parametrize("module", ["vlm", "chat", "answer", "cli", "engine", "text", "sampling", "engines.onnx"])
+@pytest.mark.parametrize(
+    "module", ["vlm", "chat", "answer", "cli", "engine", "text", "sampling", "engines.onnx", "engines.gguf"]
+)
 def test_no_module_of_the_runtime_loads_a_framework_or_an_sdk(module: str) -> None:
     loaded = probe(f"import vlm_runtime.{module}")[1]
     assert not loaded & {"torch", "transformers", "onnxruntime", "onnx", "llama_cpp", "tensorrt", "coremltools"}

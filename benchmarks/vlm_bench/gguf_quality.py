@@ -2,11 +2,13 @@
 
 Held-out pictures with questions and their true answers go through the checkpoint in fp32 and through llama.cpp, and the
 distributions of every answer token are compared. The prompts are the same for all types, so that differences are
-paired; intervals come from resampling pictures.
+paired; intervals come from resampling pictures. Importance is measured on several samples of the calibration pairs, a
+file each: two files whose errors are equally large differ in KL by a quarter either way, by how the rounding falls.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,15 +53,16 @@ class Truth:
 
 @dataclass(frozen=True)
 class Quality:
-    """One file against the checkpoint: KL (prompts,) summed over `tokens` (prompts,) answer tokens, and agreement.
+    """Files against the checkpoint: KL (prompts,) summed over `tokens` (prompts,) answer tokens, means over the files.
 
-    `agree`: tokens whose most likely one is the checkpoint's.
+    `agree`: tokens whose most likely one is the checkpoint's. `files`: the KL per token of each file.
     """
 
     kl: NDArray[np.float64]
     tokens: NDArray[np.int64]
-    agree: int
+    agree: float
     bytes: int
+    files: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -106,6 +109,12 @@ def compared(decoder: GgufDecoder, truths: Sequence[Truth], size: int) -> Qualit
     return Quality(np.array(kl), np.array([len(t.log_probs) for t in truths]), agree, size)
 
 
+def together(draws: Sequence[Quality]) -> Quality:
+    """One Quality for files that differ only in the sample that importance was measured on."""
+    kl, agree = np.mean([draw.kl for draw in draws], 0), float(np.mean([draw.agree for draw in draws]))
+    return Quality(kl, draws[0].tokens, agree, draws[0].bytes, tuple(draw.mean for draw in draws))
+
+
 def intervals(quality: Quality, base: Quality, pictures: NDArray[np.int64]) -> dict[str, list[float]]:
     """Bootstrap intervals of the mean KL, and of its ratio to `base`, over pictures; prompts are the same in both."""
     groups = [np.flatnonzero(pictures == picture) for picture in np.unique(pictures)]
@@ -121,7 +130,7 @@ def intervals(quality: Quality, base: Quality, pictures: NDArray[np.int64]) -> d
 
 def variants(
     model: Model,
-    importances: Mapping[str, Importance | None],
+    importances: Mapping[str, Sequence[Importance | None]],
     formats: Sequence[str],
     truths: Sequence[Truth],
     work: Path,
@@ -133,20 +142,24 @@ def variants(
     arch, kind = architecture(language, context), GGUF_TYPES[exact_type(weights)]
     write_gguf(exact, arch, {}, weights, kind, {"tokenizer.ggml.model": "none"}, progress=silent)
     for name in formats:
-        for weighed, matter in importances.items():
-            quantize_gguf(exact, out, GGUF_TYPES[name], matter, language, threads=1, progress=silent)
-            decoder = GgufDecoder(
-                out,
-                hidden_size=language.hidden_size,
-                vocab_size=language.vocab_size,
-                max_context=context,
-                kv_cache="f32",
-                flash_attention=False,
-                embed_scale=embed_scale(language),
-            )
-            yield name, weighed, compared(decoder, truths, out.stat().st_size)
-            del decoder
-            out.unlink()
+        for weighed, matters in importances.items():
+            draws = []
+            for matter in matters:
+                kind = GGUF_TYPES[name]
+                quantize_gguf(exact, out, kind, matter, language, threads=os.cpu_count() or 1, progress=silent)
+                decoder = GgufDecoder(
+                    out,
+                    hidden_size=language.hidden_size,
+                    vocab_size=language.vocab_size,
+                    max_context=context,
+                    kv_cache="f32",
+                    flash_attention=False,
+                    embed_scale=embed_scale(language),
+                )
+                draws.append(compared(decoder, truths, out.stat().st_size))
+                del decoder
+                out.unlink()
+            yield name, weighed, together(draws)
 
 
 def rows(found: Mapping[tuple[str, str], Quality], pictures: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -154,7 +167,7 @@ def rows(found: Mapping[tuple[str, str], Quality], pictures: NDArray[np.int64]) 
     table = []
     for (name, weighed), quality in found.items():
         base = found[name, WEIGHED[0]]
-        row: dict[str, Any] = {"format": name, "importance": weighed, "kl": quality.mean}
+        row: dict[str, Any] = {"format": name, "importance": weighed, "kl": quality.mean, "kl_of_files": quality.files}
         row |= {"ratio": quality.mean / base.mean, **intervals(quality, base, pictures)}
         if (text := found.get((name, WEIGHED[1]))) is not None and weighed == WEIGHED[2]:
             row["ratio_to_text"] = quality.mean / text.mean
@@ -190,6 +203,7 @@ def command(
     held: Annotated[Path | None, typer.Option("--held-out", help="Own held-out pairs instead of the demo's.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Pairs; by default CHECKPOINT/calibration.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many of them are taken.")] = SAMPLES,
+    draws: Annotated[int, typer.Option(min=1, help="How many such samples, a file each.")] = 3,
     formats: Annotated[str, typer.Option(help="GGUF types, separated by commas.")] = ",".join(FORMATS),
     save: Annotated[bool, typer.Option("--save", help=f"Write the numbers into {report.RESULTS}.")] = False,
 ) -> None:
@@ -198,15 +212,15 @@ def command(
     if unknown := [name for name in chosen if name not in GGUF_TYPES]:
         raise InputError(f"unknown GGUF type {unknown[0]!r}: choose of {', '.join(GGUF_TYPES)}")
     model = load_model(checkpoint)
-    pairs = sample(read_pairs(calibration or checkpoint / "calibration"), samples)
+    pairs = read_pairs(calibration or checkpoint / "calibration")
     with tempfile.TemporaryDirectory(prefix="gguf-quality-") as folder:
         work = Path(folder)
         truths = held_out(model, read_pairs(held or write_pairs(work / "held-out", pictures)))
-        importances = {
-            WEIGHED[0]: None,
-            WEIGHED[1]: measure(model, examples(model, pairs, pictures=False)),
-            WEIGHED[2]: measure(model, examples(model, pairs)),
-        }
+        importances: dict[str, list[Importance | None]] = {WEIGHED[0]: [None], WEIGHED[1]: [], WEIGHED[2]: []}
+        for seed in range(draws):
+            drawn = sample(pairs, samples, seed)
+            importances[WEIGHED[1]].append(measure(model, examples(model, drawn, pictures=False)))
+            importances[WEIGHED[2]].append(measure(model, examples(model, drawn)))
         groups, found = np.array([truth.picture for truth in truths]), dict[tuple[str, str], Quality]()
         tokens = sum(len(truth.log_probs) for truth in truths)
         for name, weighed, quality in variants(model, importances, chosen, truths, work):
@@ -218,7 +232,11 @@ def command(
                     "pictures": len(set(groups.tolist())),
                     "answer_tokens": tokens,
                 }
-                facts |= {"calibration_pairs": len(pairs.pairs), "calibration_sha256": pairs.sha256}
+                facts |= {
+                    "calibration_pairs": min(samples, len(pairs.pairs)),
+                    "draws": draws,
+                    "calibration_sha256": pairs.sha256,
+                }
                 report.save(report.record("gguf-quality", **facts, table=rows(found, groups)))
     console.print(shown(rows(found, groups), len(truths), tokens))
 

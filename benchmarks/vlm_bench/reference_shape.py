@@ -155,9 +155,9 @@ def _processor(folder: Path, shape: str) -> None:
     free = (i for i in range(size) if i not in special)
     width = math.ceil(math.log10(size))
     vocab = {text: i for i, text in special.items()}
-    vocab |= {letter: next(free) for letter in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    vocab |= {letters: next(free) for letters in [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]}
     vocab |= {f"<unused{i:0{width}d}>": i for i in free}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(list(special.values()))

@@ -25,9 +25,7 @@ from vlm_export.gguf.tower import Tower, Weight
 
 Floats = NDArray[np.float32]
 
-_BASE = 5  # of the digits of a place; a digit is a point on a circle
-_GAP = 1 - math.cos(2 * math.pi / _BASE)  # by which a wrong digit lowers a score
-_SCORE = 40.0  # nats by which a wrong place loses at least: its weight in the softmax is 4e-18
+_SCORE = 25.0  # nats by which a wrong place loses at least: its weight in the softmax is 1e-11
 _SMALL = 2.0**-20  # of the rows as they were, which stay beneath the moved ones
 _MEAN = 2.0**-3  # the mean's channel must not count in a layer norm
 _CODE = 1e-4  # of the position codes to the position embeddings, for the same reason
@@ -46,21 +44,22 @@ class _Widths:
         return self.heads * self.d
 
     @property
-    def digits(self) -> int:
-        return max(1, math.ceil(math.log(self.patches + 1, _BASE) - 1e-9))
+    def bits(self) -> int:
+        """Channels of the code of a place among the patches and the class row."""
+        return self.patches.bit_length()
 
     @property
     def query(self) -> int:
-        """First of 2 × digits channels of the place to look for; those of the own place follow, then a constant."""
+        """First channel of the place to look for; those of the own place follow, then a constant."""
         return self.n
 
     @property
     def key(self) -> int:
-        return self.n + 2 * self.digits
+        return self.n + self.bits
 
     @property
     def one(self) -> int:
-        return self.n + 4 * self.digits
+        return self.n + 2 * self.bits
 
     @property
     def no_code(self) -> int:
@@ -83,8 +82,8 @@ class _Widths:
 
     @property
     def wide_d(self) -> int:
-        """Channels to a head, with room for the new ones; a multiple of 8."""
-        return -(-(self.loud + 2) // (8 * self.heads)) * 8
+        """Channels to a head, with room for the new ones and for two products of each bit; a multiple of 8."""
+        return max(-(-(self.loud + 2) // (8 * self.heads)), -(-2 * self.bits // 8)) * 8
 
     @property
     def wide(self) -> int:
@@ -96,12 +95,12 @@ def in_order(tower: Tower) -> Tower:
     keys, old = dict(tower.keys), tower.weights
     heads, n = int(keys["attention.head_count"]), int(keys["embedding_length"])
     w = _Widths(heads, n // heads, (int(keys["image_size"]) // int(keys["patch_size"])) ** 2)
-    eps = float(keys["attention.layer_norm_epsilon"]) * w.n / w.wide
+    eps, spread = float(keys["attention.layer_norm_epsilon"]) * w.n / w.wide, _spread(old)
     keys["embedding_length"], keys["attention.layer_norm_epsilon"] = w.wide, eps
     keys["block_count"] = int(keys["block_count"]) + 1
     keys["vlm.class_row"] = "appended"  # by the llama.cpp that this file is for
     keys["feature_layer"] = [layer + 1 for layer in keys["feature_layer"]]
-    weights = _embeddings(old, w) | _moving_block(w, eps, _spread(old))
+    weights = _embeddings(old, w, spread) | _moving_block(w, eps, spread)
     for name, weight in old.items():
         if name.startswith("v.blk."):
             _, _, block, part, kind = name.split(".")
@@ -111,18 +110,22 @@ def in_order(tower: Tower) -> Tower:
     return Tower(keys, weights)
 
 
-def _embeddings(old: Mapping[str, Weight], w: _Widths) -> dict[str, Weight]:
+def _embeddings(old: Mapping[str, Weight], w: _Widths, spread: float) -> dict[str, Weight]:
     """Patches and class row centred; positions in the order of the graph's rows, with codes."""
 
     def positions() -> Floats:
         stored = old["v.position_embd.weight"].read().reshape(w.patches + 1, w.n)
         table = np.zeros((w.patches + 1, w.wide), np.float32)
         table[:, : w.n] = _centred(np.roll(stored, -1, axis=0), 1)
-        size = _CODE * np.linalg.norm(table[:, : w.n], axis=1).mean()
+        norm = np.linalg.norm(table[:, : w.n], axis=1).mean()
+        sizes = np.full((w.patches + 1, 1), _CODE * norm)
+        # The layer norm divides codes by a row's norm, which is known for the class row: it gets one like the others'.
+        row = table[-1, : w.n] + _centred(old["v.class_embd"].read(), 0)
+        sizes[-1] = _CODE * np.linalg.norm(row) / math.sqrt(spread)
         places = np.arange(w.patches + 1)
-        table[:, w.query : w.key] = size * _code(np.roll(places, 1), w.digits)
-        table[:, w.key : w.one] = size * _code(places, w.digits)
-        table[:, w.one] = size
+        table[:, w.query : w.key] = sizes * _code(np.roll(places, 1), w.bits)
+        table[:, w.key : w.one] = sizes * _code(places, w.bits)
+        table[:, w.one : w.one + 1] = sizes
         return table
 
     def norm(kind: str) -> Callable[[], Floats]:
@@ -168,18 +171,16 @@ def _spread(old: Mapping[str, Weight]) -> float:
 def _moving_block(w: _Widths, eps: float, spread: float) -> dict[str, Weight]:
     """Block 0: row r becomes row r-1, row 0 the last one. Its MLP adds nothing."""
     sigma = math.sqrt(2.0 / w.wide + eps)  # of the loud channels alone
-    gain = math.sqrt(_SCORE / _GAP * math.sqrt(w.wide_d)) * spread
+    gain = math.sqrt(_SCORE / 2 * math.sqrt(w.wide_d)) * spread
     scale = np.zeros(w.wide, np.float32)
     scale[: w.mean] = sigma / _SMALL
-    size = 2 * w.digits
 
     def lookup(first: int, constant: float) -> Floats:
-        # Scores are Σ cos(q - k) - digits ≤ 0, and 0 at the place looked for, whatever factor a row's norm brings.
+        # Scores are -2 for each wrong bit, 0 at the place looked for, whatever factor a row's norm brings.
         out = np.zeros((w.heads, w.wide_d, w.wide), np.float32)
-        for i in range(size):
-            out[:, i, first + i] = gain
-        out[:, size, w.one] = gain * constant
-        out[:, : size + 1, w.no_code] = -out.sum(-1)[:, : size + 1]
+        for i in range(w.bits):  # each bit's product, and 1 off: no sum on the way is larger than fp16 holds
+            out[:, 2 * i, first + i], out[:, 2 * i + 1, w.one] = gain, constant * gain
+        out[:, : 2 * w.bits, w.no_code] = -out.sum(-1)[:, : 2 * w.bits]
         return out.reshape(w.wide, w.wide)
 
     def values() -> Floats:
@@ -197,7 +198,7 @@ def _moving_block(w: _Widths, eps: float, spread: float) -> dict[str, Weight]:
     quiet[w.loud], quiet[w.loud + 1] = -1.0, 1.0
     block = {
         "ln1.weight": scale,
-        "attn_q.weight": lambda: lookup(w.query, -float(w.digits)),
+        "attn_q.weight": lambda: lookup(w.query, -1.0),
         "attn_k.weight": lambda: lookup(w.key, 1.0),
         "attn_v.weight": values,
         "attn_out.weight": output,
@@ -276,7 +277,6 @@ def _centred(values: Floats, axis: int) -> Floats:
     return out
 
 
-def _code(places: NDArray[np.int64], digits: int) -> Floats:
-    """(n,) places → (n, 2 × digits): cosine and sine of each digit's angle."""
-    angles = 2 * math.pi / _BASE * np.stack([places // _BASE**i % _BASE for i in range(digits)], 1)
-    return np.stack([np.cos(angles), np.sin(angles)], 2).reshape(len(places), -1).astype(np.float32)
+def _code(places: NDArray[np.int64], bits: int) -> Floats:
+    """(n,) places → (n, bits) of 1 and -1."""
+    return (places[:, None] >> np.arange(bits) & 1).astype(np.float32) * 2 - 1

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import Architecture, Value
+from vlm_export.gguf.blocks import block, ggml_type, largest, to_blocks
 from vlm_export.gguf.tensors import HEAD, TOKEN_EMBEDDING, Tensor
 from vlm_export.target import Progress
 from vlm_models.errors import BundleError, CheckError, CheckpointError, RecipeError
@@ -25,8 +26,6 @@ from vlm_runtime.gguf_header import read_header
 CHUNK = 1 << 21  # weights read, converted and written by one thread at a time
 _QUANTIZATION_VERSION = 2
 _ALIGNMENT = 32
-_FP16_MAX = float(np.finfo(np.float16).max)
-_UNROUNDED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def write_gguf(
 
     The matrices take the type, but the head and the embedding table keep q8_0 under 4- and 5-bit types, and rows that
     are no multiple of the type's block are f16, which is a fallback. All else is f32. The file is read back.
-    Raises RecipeError for weights beyond fp16's range, CheckpointError for weights that are no numbers.
+    Raises RecipeError for weights beyond the type's range, CheckpointError for weights that are not finite.
     """
     assert type.direct, type.name
     chosen = {tensor.name: _choose(tensor, type) for tensor in tensors}
@@ -104,21 +103,16 @@ def _choose(tensor: Tensor, type: GgufType) -> tuple[str, str]:
     if not tensor.matrix:
         return "f32", ""
     name = "q8_0" if type.bits < 8 and tensor.name in (TOKEN_EMBEDDING, HEAD) else type.name
-    block, _ = GGML_QUANT_SIZES[_ggml(name)]
-    columns = tensor.shape[-1]
-    if columns % block:
-        return "f16", f"f16: its rows of {columns} weights are not a multiple of {name}'s blocks of {block}"
+    weights, columns = block(name)[0], tensor.shape[-1]
+    if columns % weights:
+        return "f16", f"f16: its rows of {columns} weights are not a multiple of {name}'s blocks of {weights}"
     return name, ""
-
-
-def _ggml(name: str) -> GGMLQuantizationType:
-    return GGMLQuantizationType[name.upper()]
 
 
 def _row_bytes(tensor: Tensor, name: str) -> int:
     """Bytes of one row of a matrix, or of one value of a vector."""
-    block, size = GGML_QUANT_SIZES[_ggml(name)]
-    return int((tensor.shape[-1] if tensor.matrix else 1) // block * size)
+    weights, size = block(name)
+    return (tensor.shape[-1] if tensor.matrix else 1) // weights * size
 
 
 def _write_header(
@@ -131,7 +125,7 @@ def _write_header(
             writer.add_key_value(key, value, _value_type(value))
     for tensor in tensors:
         size = tensor.shape[0] * _row_bytes(tensor, types[tensor.name])
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, _ggml(types[tensor.name]))
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, ggml_type(types[tensor.name]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -197,31 +191,20 @@ def _write_rows(file: int, place: _Place, start: int, stop: int) -> None:
 def _converted(place: _Place, rows: NDArray[Any]) -> NDArray[Any]:
     """Rows as they stand in the file."""
     tensor, kind = place.tensor, place.type
-    if _UNROUNDED[tensor.dtype] == kind:
+    if tensor.dtype.lower() == kind:
         return rows
-    values = widen(rows) if rows.dtype != np.float32 else rows
-    if kind == "f16":
-        _check_fp16(tensor, values)
-    with np.errstate(invalid="ignore", over="ignore"):  # looked for in the result
-        converted: NDArray[Any] = quants.quantize(np.ascontiguousarray(values), _ggml(kind))
-    if GGML_QUANT_SIZES[_ggml(kind)][0] > 1:
-        _check_scales(tensor, kind, converted)
-    return converted
+    values = rows if rows.dtype == np.float32 else widen(rows)
+    if kind != "f32":
+        _check_range(tensor, kind, values)
+        return to_blocks(values, kind)
+    return values
 
 
-def _check_fp16(tensor: Tensor, values: NDArray[np.float32]) -> None:
-    largest = float(max(values.max(initial=0), -values.min(initial=0)))
-    if largest > _FP16_MAX:
+def _check_range(tensor: Tensor, kind: str, values: NDArray[np.float32]) -> None:
+    reached = float(np.maximum(values.max(initial=0), -values.min(initial=0)))
+    if not math.isfinite(reached):
+        raise CheckpointError(f"{tensor.source} holds weights that are not finite: the checkpoint is damaged")
+    if reached > largest(kind):
         raise RecipeError(
-            f"{tensor.source} reaches {largest:.3g}, beyond f16: choose language=bf16, q8_0 or fp32 for its part"
-        )
-
-
-def _check_scales(tensor: Tensor, kind: str, blocks: NDArray[np.uint8]) -> None:
-    """The fp16 numbers at the head of each block are finite, so that all its weights are."""
-    _, size = GGML_QUANT_SIZES[_ggml(kind)]
-    heads = blocks.reshape(-1, size)[:, : 4 if kind.endswith("_1") else 2]
-    if not np.isfinite(np.ascontiguousarray(heads).view(np.float16)).all():
-        raise CheckpointError(
-            f"{tensor.source} holds weights that are not finite or beyond what {kind} can scale: choose language=fp32"
+            f"{tensor.source} reaches {reached:.3g}, beyond {kind}: choose bf16 or fp32 for the language model"
         )

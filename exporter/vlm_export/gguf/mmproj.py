@@ -6,6 +6,7 @@ take; how far that graph is from the checkpoint is measured by `vlm_export.gguf.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -76,18 +77,22 @@ def write_mmproj(
     path: Path,
     *,
     type: Literal["f32", "f16"] = "f16",
-    reorder: bool = True,
+    plain: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Write tower and projector as one GGUF of `type`, one tensor in memory at a time.
 
-    `reorder` puts a CLIP tower's rows in the order that llama.cpp's graph, which has them wrong, makes right.
+    `plain` is the usual layout, of which llama.cpp puts a CLIP tower's rows in the wrong order and pads what SigLIP's
+    processor squashes; without it the file is laid out so that both come right.
     Raises CheckpointError for what `unsupported` names, RecipeError for weights that fp16 cannot hold.
     """
     if (reason := unsupported(model)) is not None:
         raise CheckpointError(f"no mmproj can be written: {reason}")
-    parts = tower(model)
-    if reorder and "v.class_embd" in parts.weights:
+    parts, resize = tower(model), model.spec.preprocess
+    if not plain and (resize.resize, resize.crop, resize.pad) == ("exact", 0, "none"):
+        # With tiles of no size all that llama.cpp makes is the overview, which it squashes as Pillow does.
+        parts = dataclasses.replace(parts, keys={**parts.keys, "image_grid_pinpoints": [0, 0]})
+    if not plain and "v.class_embd" in parts.weights:
         parts = in_order(parts)
     write_tower(parts, path, model.spec, half=type == "f16", progress=progress)
 

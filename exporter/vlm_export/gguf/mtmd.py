@@ -28,6 +28,7 @@ Pixels = NDArray[np.uint8]
 CLOSE = 0.999
 """Cosine of the projected rows from which on llama.cpp's image path is called equal to the checkpoint's."""
 
+_BICUBIC = 3  # Pillow's number of the one filter that llama.cpp scales with
 CLASS_ROW_ISSUE = "ggml-org/llama.cpp#25814 (a fix is open as #25844)"
 
 
@@ -149,10 +150,14 @@ def note(found: dict[str, Any], spec: VLMSpec) -> str:
         )
     order = f"; mmproj.gguf is for llama.cpp as it is before the fix of {CLASS_ROW_ISSUE}" if clip else ""
     if as_it_is < CLOSE:
+        p, size = spec.preprocess, spec.vision.image_size
+        square = (p.resize, p.crop, p.pad, p.resample) == ("shortest_edge", p.size, "none", _BICUBIC)
+        which = (
+            "square pictures; others it pads" if square else f"pictures of {size} × {size}; others it pads and scales"
+        )
         return (
-            f"llama.cpp's own image path equals the checkpoint (cosine {prepared:.6f}) on pictures prepared to "
-            f"{spec.vision.image_size} × {spec.vision.image_size}; others it scales in its own way (cosine "
-            f"{as_it_is:.3f} on the golden picture): prepare them first, or use vlm-run{order}"
+            f"llama.cpp's own image path equals the checkpoint (cosine {prepared:.6f}) on {which} where the checkpoint "
+            f"does not (cosine {as_it_is:.3f} on the golden picture): prepare them first, or use vlm-run{order}"
         )
     return f"llama.cpp's own image path equals the checkpoint (cosine {as_it_is:.6f}){order}"
 

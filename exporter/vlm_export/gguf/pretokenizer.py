@@ -5,7 +5,6 @@ Names and what each splits on are llama.cpp's (`llama_vocab::impl::load` and `ll
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ _NAMES = (
     "qwen35",
     "tekken",
     "gpt-4o",
+    "granite-embed-multi-97m",  # gpt-4o with combining marks as letters
     "falcon",
     "deepseek-llm",
     "deepseek-coder",
@@ -70,7 +70,6 @@ _NAMES = (
     "youtu",
     "jais-2",
     "exaone-moe",
-    "granite-embed-multi-97m",
     "tiny_aya",
     "ufakzeka",
     "afmoe",
@@ -141,7 +140,7 @@ def target(tokenizer: Mapping[str, Any], *, starts_with_token: bool) -> Target:
     Metaspace "first" writes a space before a text unless a special token stands there. llama.cpp writes it always
     (again after each special token) or never: what the prompts of the checkpoint need.
     """
-    out, notes = copy.deepcopy(dict(tokenizer)), []
+    out, notes = dict(tokenizer), []
     if any(step.get("type") == "NFC" for step in _flat(out.get("normalizer"))):
         out["normalizer"] = _without(out["normalizer"], "NFC")
         notes.append("llama.cpp does not compose characters (NFC): decomposed accents get other ids there")

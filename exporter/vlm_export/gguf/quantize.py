@@ -48,7 +48,8 @@ def quantize_gguf(
     file behind then.
     """
     shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in gguf.GGUFReader(source).tensors}
-    weighed = _by_gguf_name(importance or {}, spec, shapes)
+    named = _by_gguf_name(importance or {}, spec, shapes)
+    weighed = {name: vector for name, vector in named.items() if type.direct or not _rounded(type, vector.size)}
     try:
         _run(source, out, type, weighed, threads, progress)
         types = checked(out, shapes)
@@ -71,6 +72,15 @@ def _by_gguf_name(
             )
         named[name] = np.ascontiguousarray(vector, np.float32)
     return named
+
+
+def _rounded(type: GgufType, columns: int) -> bool:
+    """Whether such rows become a type that is plainly rounded without importance, a substitute for one of 256.
+
+    Weighing makes llama.cpp search their scales, which come out too small on average: the errors shrink, but so do all
+    logits' differences. Measured on the demo, q5_0 that way doubles the KL of answers, where iq4_nl's halves.
+    """
+    return bool(columns % _BLOCK) and type.name not in ("iq4_nl", "iq4_xs")
 
 
 def _run(

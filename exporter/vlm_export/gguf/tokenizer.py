@@ -51,8 +51,8 @@ _LLAVA = (
 class TokenizerFields:
     """`values` are GGUF keys (tokenizer.* and general.name) for the file; `details` go into `Part.details`.
 
-    `details` holds model, pre, texts (compared), equal (ids as the checkpoint's own gives them) and notes: sentences
-    on what llama.cpp does otherwise, whatever a file says.
+    `details` holds model, pre, texts (compared), equal (ids as the checkpoint's own gives them), also_ends (tokens at
+    which llama.cpp ends an answer of its own accord) and notes: what llama.cpp does otherwise, whatever a file says.
     """
 
     values: Mapping[str, Value]
@@ -75,19 +75,23 @@ def tokenizer_fields(
     source = json.loads(tokenizer_json(checkpoint))
     _check_supported(checkpoint, source)
     able = target(source, starts_with_token=_starts_with_token(source, spec.prompt))
-    tokens = read_vocabulary(able.tokenizer, spec.language.vocab_size, f"{checkpoint.folder}: the tokenizer")
     own = _tokenizer(source, spec.prompt)
+    limited = any(source.get(key) is not value for key, value in able.tokenizer.items())
+    other = _tokenizer(able.tokenizer, spec.prompt) if limited else own
+    what = f"{checkpoint.folder}: the tokenizer"
+    tokens = read_vocabulary(other, able.tokenizer, spec.language.vocab_size, what)
     specials = {**_specials(own, tokens, checkpoint, spec), "tokenizer.chat_template": template}
     chosen = [*texts(), *texts_with(_telling(tokens, spec.prompt))]
-    expected = cases(_tokenizer(able.tokenizer, spec.prompt), chosen)
-    proof = _prove(checkpoint, spec, able, tokens, specials, expected, progress)
-    real = cases(own, chosen) if able.notes else expected
+    table = len(tokens.texts)
+    expected = [case for case in cases(other, chosen) if max(case.special, default=0) < table]
+    proof = _prove(checkpoint, spec, able, tokens, specials, other, expected, progress)
+    real = cases(own, [case.text for case in expected]) if limited else expected
     same = [a.ids == b.ids and a.special == b.special for a, b in zip(expected, real, strict=True)]
     equal = sum(one and case.text not in proof.excused for one, case in zip(same, expected, strict=True))
     values = {**_vocabulary_fields(proof.choice, able, tokens), **specials, "general.name": proof.name}
     notes = [*(able.notes if not all(same) else ()), *proof.notes]
-    chosen_one = {"model": proof.choice.model, "pre": proof.choice.pre}
-    return TokenizerFields(values, {**chosen_one, "texts": len(chosen), "equal": equal, "notes": notes})
+    found = {"model": proof.choice.model, "pre": proof.choice.pre, "texts": len(expected), "equal": equal}
+    return TokenizerFields(values, {**found, "also_ends": list(proof.also_ends), "notes": notes})
 
 
 def chat_template(prompt: PromptSpec) -> str:
@@ -104,6 +108,7 @@ class _Proof:
     choice: Choice
     name: str
     excused: frozenset[str]
+    also_ends: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -113,6 +118,7 @@ def _prove(
     able: Target,
     tokens: Vocabulary,
     specials: Mapping[str, Value],
+    other: Any,
     expected: Sequence[Case],
     progress: Progress,
 ) -> _Proof:
@@ -131,15 +137,12 @@ def _prove(
             try:
                 with loaded(files[choice.model], pre=choice.pre, name=name) as vocab:
                     for difference in differences(vocab, expected, leading_space=choice.spaces):
-                        if spec.prompt.image_token not in difference.text:
+                        if not _by_blanks(vocab, other, difference.text, spec.prompt.image_token, choice.spaces):
                             break
                         excused.add(difference.text)
                     else:
                         progress("tokenizer", len(tried), len(tried))
-                        notes = _endings(vocab, tokens, spec.prompt)
-                        if excused:
-                            notes.append(f"llama.cpp reads blanks around {spec.prompt.image_token} otherwise")
-                        return _Proof(choice, name, frozenset(excused), tuple(notes))
+                        return _Proof(choice, name, frozenset(excused), *_ends(vocab, tokens, spec.prompt, excused))
             except CheckpointError as error:
                 difference = Difference("", "", str(error))
             at = order[difference.text]
@@ -150,6 +153,12 @@ def _prove(
         f"{checkpoint.folder}: llama.cpp has no tokenizer like this one (pre-tokenizer "
         f"{able.described}): {furthest[1]}; {_WHAT_TO_DO}"
     )
+
+
+def _by_blanks(vocab: LoadedVocabulary, other: Any, text: str, image_token: str, spaces: bool) -> bool:
+    """Whether nothing but the blanks around the image token makes llama.cpp's ids of `text` other ones."""
+    bare = image_token.join(piece.strip() for piece in text.split(image_token))
+    return bare != text and not list(differences(vocab, cases(other, [bare]), leading_space=spaces))
 
 
 def _starts_with_token(source: Mapping[str, Any], prompt: PromptSpec) -> bool:
@@ -167,14 +176,16 @@ def _names(name: str, tokens: Vocabulary) -> list[str]:
     return list(dict.fromkeys([name, plain, *([f"{name} (phi-3)"] if tokens.strips else [])]))
 
 
-def _endings(vocab: LoadedVocabulary, tokens: Vocabulary, prompt: PromptSpec) -> list[str]:
-    """Sentences on tokens that end an answer here and not there, or the other way round."""
-    out = []
-    if missing := [tokens.texts[i] for i in prompt.eos_token_ids if i < len(tokens.texts) and not vocab.ends(i)]:
-        out.append(f"llama.cpp does not end an answer at {', '.join(missing)}")
-    if more := [tokens.texts[i] for i in sorted(tokens.added) if vocab.ends(i) and i not in prompt.eos_token_ids]:
-        out.append(f"llama.cpp ends an answer also at {', '.join(more[:8])}")
-    return out
+def _ends(
+    vocab: LoadedVocabulary, tokens: Vocabulary, prompt: PromptSpec, excused: set[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tokens that end an answer in llama.cpp only, and notes: on those that do not end it there, on blanks."""
+    also = [tokens.texts[i] for i in sorted(tokens.added) if i not in prompt.eos_token_ids and vocab.ends(i)]
+    missing = [tokens.texts[i] for i in prompt.eos_token_ids if i < len(tokens.texts) and not vocab.ends(i)]
+    notes = [f"llama.cpp does not end an answer at {', '.join(missing)}"] if missing else []
+    if excused:
+        notes.append(f"llama.cpp reads blanks around {prompt.image_token} otherwise")
+    return tuple(also), tuple(notes)
 
 
 def _vocabulary_fields(choice: Choice, able: Target, tokens: Vocabulary) -> dict[str, Value]:

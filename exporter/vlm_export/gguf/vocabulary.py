@@ -20,35 +20,34 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 class Vocabulary:
     """`texts` and llama.cpp's `types` of every row of the embedding table; ids without a token are UNUSED.
 
-    `added` holds the added tokens (of tokenizer.json) by id.
+    `added` holds the added tokens (the tokenizers library's) by id.
     """
 
     texts: tuple[str, ...]
     types: tuple[int, ...]
-    added: Mapping[int, Mapping[str, Any]]
+    added: Mapping[int, Any]
 
     @property
     def strips(self) -> bool:
         """Whether some added token takes the blanks after it."""
-        return any(token.get("rstrip") for token in self.added.values())
+        return any(token.rstrip for token in self.added.values())
 
     def plain(self, token: int) -> bool:
         """Whether the added token is of the usual kind: special, read wherever it stands."""
         added = self.added[token]
-        odd = any(added.get(key) for key in ("single_word", "lstrip", "rstrip", "normalized"))
-        return bool(added.get("special")) and not odd
+        return added.special and not (added.single_word or added.lstrip or added.rstrip or added.normalized)
 
 
-def read_vocabulary(source: Mapping[str, Any], size: int, what: str) -> Vocabulary:
-    """The vocabulary of a BPE tokenizer.json for a table of `size` rows; tokens beyond it (<image>) are left out.
+def read_vocabulary(tokenizer: Any, source: Mapping[str, Any], size: int, what: str) -> Vocabulary:
+    """The vocabulary of a BPE tokenizer for a table of `size` rows; tokens beyond it (<image>) are left out.
 
+    `source` is its tokenizer.json, whose ids of added tokens the tokenizers library does not always keep.
     Raises CheckpointError, its message starting with `what`, where two ids have one text: llama.cpp would stop.
     """
-    model = source["model"]
-    texts: dict[int, str] = {int(i): str(text) for text, i in model["vocab"].items()}
-    added = {int(token["id"]): token for token in source.get("added_tokens") or []}
-    texts.update({i: str(token["content"]) for i, token in added.items()})
-    spaces = has_spaces(source)
+    texts: dict[int, str] = {int(i): str(text) for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.get_added_tokens_decoder()
+    texts.update({i: str(token.content) for i, token in added.items()})
+    unknown, spaces = source["model"].get("unk_token"), has_spaces(source)
     out, types = [], []
     taken = set(texts.values())
     for i in range(size):
@@ -56,10 +55,10 @@ def read_vocabulary(source: Mapping[str, Any], size: int, what: str) -> Vocabula
         if text is None:
             text = _unused(i, taken)
             kind = UNUSED
-        elif text == model.get("unk_token"):
+        elif text == unknown:
             kind = UNKNOWN
         elif i in added:
-            kind = CONTROL if added[i].get("special") else USER_DEFINED
+            kind = CONTROL if added[i].special else USER_DEFINED
         else:
             kind = BYTE if spaces and _BYTE.fullmatch(text) else NORMAL
         out.append(text)

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.gguf.architecture import architecture, embed_scale
+from vlm_export.gguf.architecture import architecture, embed_scale, inexact
 from vlm_export.gguf.file import FileFacts, write_gguf
 from vlm_export.gguf.mmproj import unsupported, write_mmproj
 from vlm_export.gguf.mtmd import measure_mmproj
 from vlm_export.gguf.quantize import quantize_gguf
+from vlm_export.gguf.served_template import served_template
 from vlm_export.gguf.tensors import exact_type, tensors
 from vlm_export.gguf.tokenizer import tokenizer_fields
 from vlm_export.importance import SAMPLES, importance
@@ -54,14 +55,16 @@ def build(job: Job) -> dict[str, Part]:
     (job.root / ENGINE).mkdir(parents=True, exist_ok=True)
     mark = {"vlm.fingerprint": spec.fingerprint, "vlm.part": "language_model"}
     words = tokenizer_fields(model.checkpoint, spec, mode=job.gguf_tokenizer, progress=job.progress)
+    template = served_template(str(words.values["tokenizer.chat_template"]), spec.prompt)
+    vocabulary = {**words.values, "tokenizer.chat_template": template}
     kind, arch = gguf_type(job.recipe.language), architecture(spec.language, job.max_context)
     weights, path = tensors(model.checkpoint, spec), job.root / LANGUAGE_MODEL
     calibrated: dict[str, Any] = {}
     if kind.direct:
-        facts = write_gguf(path, arch, mark, weights, kind, words.values, progress=job.progress)
+        facts = write_gguf(path, arch, mark, weights, kind, vocabulary, progress=job.progress)
     else:
         exact = path.with_suffix(".exact.gguf")
-        write_gguf(exact, arch, mark, weights, GGUF_TYPES[exact_type(weights)], words.values, progress=job.progress)
+        write_gguf(exact, arch, mark, weights, GGUF_TYPES[exact_type(weights)], vocabulary, progress=job.progress)
         matter, calibrated = _importance(job)
         threads = os.cpu_count() or 1
         facts = quantize_gguf(exact, path, kind, matter, spec.language, threads=threads, progress=job.progress)
@@ -71,6 +74,7 @@ def build(job: Job) -> dict[str, Part]:
         **calibrated,
         "architecture": arch.name,
         "embed_scale": embed_scale(spec.language),
+        "inexact": inexact(spec.language),
         "tokenizer": dict(words.details),
     }
     files = [LANGUAGE_MODEL]
@@ -81,6 +85,8 @@ def build(job: Job) -> dict[str, Part]:
     else:
         details["no_mmproj"] = reason
     notes = [*_notes(facts, kind.name, calibrated, kind.direct), *words.details.get("notes", [])]
+    if less := inexact(spec.language):
+        notes.append(less)
     if reason is not None:
         notes.append(f"no mmproj for llama.cpp's own tools: {reason}")
     return {"language_model": Part(LANGUAGE_MODEL, tuple(files), kind.name, {**details, "notes": notes})}

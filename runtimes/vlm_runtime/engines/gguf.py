@@ -17,6 +17,7 @@ from vlm_runtime.gguf_header import check_language_model, read_header
 
 if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
+    from vlm_runtime.manifest import Part
 
 NAME = "gguf"
 GGML_TYPES: Mapping[KVCache, int] = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -46,7 +47,7 @@ def decoder(bundle: Bundle, options: Options) -> GgufDecoder:
         threads=thread_count(options),
         kv_cache=kv_cache,
         flash_attention=flash_attention,
-        embed_scale=float(part.details.get("embed_scale", 1.0)),
+        embed_scale=_embed_scale(part),
         gpu=options.device == "cuda",
     )
 
@@ -59,6 +60,13 @@ def attention_choice(precision: str, options: Options) -> tuple[KVCache, bool | 
     kv_cache: KVCache = options.kv_cache or ("f32" if precision in ("fp32", "f32") else "f16")
     flash = options.flash_attention
     return kv_cache, False if flash is None and kv_cache == "f32" else flash
+
+
+def _embed_scale(part: Part) -> float:
+    scale = part.details.get("embed_scale", 1.0)
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise BundleError(f"language_model of engine 'gguf': embed_scale is {scale!r:.40}: export the model again")
+    return float(scale)
 
 
 class GgufDecoder:
