@@ -65,6 +65,7 @@ def other_target(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     target = SimpleNamespace(
         ENGINES=dict.fromkeys(("vision_encoder", "projector", "language_model"), "other"),
+        RUN_BY=("other",),
         requires=lambda *_: None,
         bytes_needed=lambda *_: 1000,
         build=build,
@@ -280,7 +281,8 @@ def test_targets_are_found_by_file_name() -> None:
     for name in target_names():
         target = find_target(name)
         assert set(target.ENGINES) == {"vision_encoder", "projector", "language_model"}
-        assert set(target.ENGINES.values()) <= {*target_names(), *engine_names()}
+        assert {*target.ENGINES.values(), *target.RUN_BY} <= set(engine_names())
+        assert {*target.ENGINES.values()} <= {*target.RUN_BY, *target_names()}
         assert all(callable(f) for f in (target.requires, target.bytes_needed, target.build, target.checks))
 
 

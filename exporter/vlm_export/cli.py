@@ -83,6 +83,12 @@ def command(
     gguf_tokenizer: Annotated[
         str, typer.Option(help="checked, or none: a GGUF without vocabulary, for vlm-run but not for llama-server.")
     ] = "checked",
+    coreml_kv: Annotated[
+        str, typer.Option(help="The KV cache of Core ML: a state, or io: input and output, which the caller keeps.")
+    ] = "state",
+    coreml_layout: Annotated[
+        str, typer.Option(help="plain, or ane: 1×1 convolutions with channels first, as the Neural Engine likes them.")
+    ] = "plain",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")
     ] = False,
@@ -102,6 +108,8 @@ def command(
                 greedy_tokens=greedy_tokens,
                 calibration=calibration,
                 gguf_tokenizer=gguf_tokenizer,  # type: ignore[arg-type]  # refused there
+                coreml_kv=coreml_kv,  # type: ignore[arg-type]
+                coreml_layout=coreml_layout,  # type: ignore[arg-type]
                 progress=stages,
             )
         except CheckError as error:

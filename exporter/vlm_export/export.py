@@ -38,6 +38,8 @@ def export(
     greedy_tokens: int = 32,
     calibration: str | Path | None = None,
     gguf_tokenizer: Literal["checked", "none"] = "checked",
+    coreml_kv: Literal["state", "io"] = "state",
+    coreml_layout: Literal["plain", "ane"] = "plain",
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -48,15 +50,21 @@ def export(
     `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
     `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
     by default the checkpoint's own folder calibration/ where it has one. `gguf_tokenizer` "none" leaves the vocabulary
-    out of a GGUF. `progress(stage, done, of)` is called all along.
+    out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state, `coreml_layout`
+    "ane" puts channels first. `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
     """
     chosen = {name: find_target(name) for name in ([targets] if isinstance(targets, str) else targets)}
     recipe, output = parse_recipe(precision), Path(output).expanduser()
-    if gguf_tokenizer not in ("checked", "none"):
-        raise InputError(f"unknown GGUF tokenizer {gguf_tokenizer!r}: choose one of checked, none")
+    for what, given, allowed in (
+        ("GGUF tokenizer", gguf_tokenizer, ("checked", "none")),
+        ("Core ML KV cache", coreml_kv, ("state", "io")),
+        ("Core ML layout", coreml_layout, ("plain", "ane")),
+    ):
+        if given not in allowed:
+            raise InputError(f"unknown {what} {given!r}: choose one of {', '.join(allowed)}")
     model = _load(checkpoint, output, chosen)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
@@ -72,10 +80,11 @@ def export(
 
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
-        job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, progress)
+        job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, coreml_kv, coreml_layout, progress)
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
         for name, one in jobs.items():
-            manifest = _with_parts(manifest, name, find_target(name).build(one))
+            builder = find_target(name)
+            manifest = _with_parts(manifest, builder.RUN_BY, builder.build(one))
         manifest = replace(manifest, recipes={**manifest.recipes, **dict.fromkeys(chosen, str(recipe))})
         if check:
             manifest = _checked(manifest, chosen, jobs, recipe, prompt, greedy_tokens)
@@ -94,8 +103,9 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
     Raises InputError where the bundle holds a part at another precision than is asked for now.
     """
     steps: dict[str, list[str]] = {}
-    for target in chosen.values():
+    for name, target in chosen.items():
         for part, engine in target.ENGINES.items():
+            builder = name if engine in target.RUN_BY else engine
             held = base.parts.get(part, {}).get(engine) if base else None
             asked = str(getattr(recipe, RECIPE_PARTS[part]))
             if held is not None and held.precision != asked:
@@ -104,8 +114,8 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
                     f"the bundle holds the {part} for {engine} at {held.precision}, not {asked}: "
                     f"add {word}={held.precision} to --precision, or choose another -o"
                 )
-            if held is None and part not in steps.setdefault(engine, []):
-                steps[engine].append(part)
+            if held is None and part not in steps.setdefault(builder, []):
+                steps[builder].append(part)
     return {name: parts for name, parts in steps.items() if parts}
 
 
@@ -171,9 +181,9 @@ def _with_base(base: Manifest, output: Path, folder: Path) -> Manifest:
     return replace(base, created=_now(), tools=_tools())
 
 
-def _with_parts(manifest: Manifest, engine: str, parts: Mapping[str, Part]) -> Manifest:
+def _with_parts(manifest: Manifest, engines: Sequence[str], parts: Mapping[str, Part]) -> Manifest:
     known = manifest.parts
-    new = {name: {**known.get(name, {}), engine: part} for name, part in parts.items()}
+    new = {name: {**known.get(name, {}), **dict.fromkeys(engines, part)} for name, part in parts.items()}
     return replace(manifest, parts={**known, **new})
 
 

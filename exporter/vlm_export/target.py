@@ -29,7 +29,8 @@ class Job:
     """What a target has to build: `parts` of `model` ("language_model", …) at the precisions of `recipe`.
 
     Files go into `root`/<target>/; the KV cache takes `max_context` positions. `calibration` holds image-text pairs, or
-    is None. `gguf_tokenizer` is "checked", or "none", which leaves the vocabulary out of a GGUF.
+    is None. `gguf_tokenizer` is "checked", or "none", which leaves the vocabulary out of a GGUF. `coreml_kv`: the KV
+    cache as a state or as input and output; `coreml_layout`: plain, or channels first as the Neural Engine likes them.
     """
 
     model: Model
@@ -39,17 +40,21 @@ class Job:
     parts: Collection[str]
     calibration: Calibration | None = None
     gguf_tokenizer: Literal["checked", "none"] = "checked"
+    coreml_kv: Literal["state", "io"] = "state"
+    coreml_layout: Literal["plain", "ane"] = "plain"
     progress: Progress = lambda stage, done, of: None
 
 
 class Target(Protocol):
     """What a file of targets/ holds.
 
-    `ENGINES` says which runtime engine runs each part. A part whose engine has another name is built by the target of
-    that name: a GGUF language model stands beside ONNX vision parts.
+    `ENGINES` says which runtime engine runs each part when parity is measured, `RUN_BY` which engines can run what this
+    target builds. A part whose engine is none of these is built by the target of that name: a GGUF language model
+    stands beside ONNX vision parts.
     """
 
     ENGINES: Mapping[str, str]
+    RUN_BY: tuple[str, ...]
 
     def requires(self, recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
         """Raise RecipeError for a precision that `parts` cannot take, CheckpointError for a model that cannot be

@@ -65,7 +65,7 @@ def gguf_type(precision: Precision) -> GgufType:
     """
     if precision.format in GGUF_TYPES:
         return GGUF_TYPES[precision.format]
-    if precision.weights == "int4" and precision.group_size != 32:
+    if precision.format or (precision.weights == "int4" and precision.group_size != 32):
         raise RecipeError(
             f"target 'gguf' has no precision {str(precision)!r}: its blocks are fixed; "
             f"choose int4 or one of {', '.join(GGUF_TYPES)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from vlm_models.errors import RecipeError
+from vlm_quant.coreml_types import COREML_TYPES
 from vlm_quant.gguf_types import GGUF_TYPES
 
 Weights = Literal["fp32", "fp16", "int8", "int4", "int3", "int2"]
@@ -86,13 +87,14 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _precision(value: str, text: str) -> Precision:
-    if value.lower() in GGUF_TYPES:
-        return Precision(GGUF_TYPES[value.lower()].weights, format=value.lower())
+    own = {**GGUF_TYPES, **COREML_TYPES}.get(value.lower())
+    if own is not None:
+        return Precision(own.weights, format=own.name)
     weights, colon, group = value.partition(":")
     if weights not in WORDS:
         raise RecipeError(
             f"unknown precision {value!r} in {text!r}: choose of {', '.join(WORDS)}, int4:g64; "
-            f"for target gguf also {', '.join(GGUF_TYPES)}"
+            f"for target gguf also {', '.join(GGUF_TYPES)}; for coreml {', '.join(COREML_TYPES)}"
         )
     if not colon:
         return Precision(cast(Weights, weights))

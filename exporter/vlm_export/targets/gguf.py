@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ENGINE = "gguf"
 ENGINES = {"vision_encoder": "onnx", "projector": "onnx", "language_model": ENGINE}
+RUN_BY = (ENGINE,)
 LANGUAGE_MODEL, MMPROJ = f"{ENGINE}/language_model.gguf", f"{ENGINE}/mmproj.gguf"
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ENGINE = "onnx"
 ENGINES = dict.fromkeys(PARTS, ENGINE)
+RUN_BY = (ENGINE,)
 
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
