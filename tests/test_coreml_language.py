@@ -17,6 +17,7 @@ from conftest import MakeTiny
 from test_families import CASES
 from vlm_export.coreml import decoder
 from vlm_export.coreml.convert import convert_language, function_rows
+from vlm_export.coreml.sdk import coremltools
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.model import Model, load_model
 from vlm_quant.recipe import Precision
@@ -76,15 +77,20 @@ class Session:
 
 @pytest.fixture(scope="session")
 def convert(make_tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """`convert(case, precision, kv=…, layout=…)`: the package, made once per set of arguments. Read only."""
+    """`convert(case, precision, kv=…, layout=…)`: the package, made once per set of arguments. Read only.
+
+    Layouts and cache policies take turns by default, so that each stands with many families.
+    """
     made: dict[str, Path] = {}
 
     def make(case: str, precision: Precision = FP16, **options: Any) -> Path:
+        turn = LANGUAGES.index(case)
+        turns = {"kv": ("state", "io")[turn % 2], "layout": ("plain", "ane")[turn // 2 % 2]}
+        options = {"prefill": (PREFILL,), **turns, **options}
         key = repr((case, precision, sorted(options.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("coreml") / "language_model.mlpackage"
             model = load_model(make_tiny(**CASES[case]))
-            options = {"prefill": (PREFILL,), **options}
             convert_language(model, precision, made[key], max_context=CONTEXT, **options)
         return made[key]
 
@@ -92,7 +98,7 @@ def convert(make_tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 
 def reference(model: Model, scale: float = 0.5) -> tuple[Floats, Floats]:
-    """Rows (PROMPT + STEPS, H), the last STEPS of them looked up as greedy decoding asks; logits after each of those."""
+    """Rows (PROMPT + STEPS, H), the last STEPS looked up as greedy decoding asks; logits after each of those."""
     language = model.language_model()
     table = model.checkpoint.rows("language_model.embed_tokens.weight")
     shape = (PROMPT, model.spec.language.hidden_size)
@@ -123,10 +129,7 @@ def checked(make_tiny: MakeTiny, case: str, path: Path, bound: float, scale: flo
 
 @pytest.mark.parametrize("case", LANGUAGES)
 def test_every_family_agrees_over_prefill_and_decode(make_tiny: MakeTiny, convert: Convert, case: str) -> None:
-    """Layouts and cache policies take turns, so that each stands with many families."""
-    turn = LANGUAGES.index(case)
-    path = convert(case, kv=("state", "io")[turn % 2], layout=("plain", "ane")[turn // 2 % 2])
-    checked(make_tiny, case, path, 1e-2)
+    checked(make_tiny, case, convert(case), 1e-2)
 
 
 @pytest.mark.parametrize(("kv", "bound"), [("io", 1e-5), ("state", 2e-3)])
@@ -136,7 +139,7 @@ def test_fp32_is_exact_but_for_the_state_which_core_ml_holds_in_float16(
     path = convert("phi3", FP32, kv=kv)
     checked(make_tiny, "phi3", path, bound)
     function = open_package(path).functions["decode"]
-    assert function.inputs["inputs_embeds"].dtype == function.outputs["logits"].dtype == "fp32"
+    assert function.inputs["inputs_embeds"].dtype == function.outputs()["logits"].dtype == "fp32"
     assert function.inputs["key_cache"].dtype == ("fp16" if kv == "state" else "fp32")
 
 
@@ -148,17 +151,14 @@ def test_channels_in_the_thousands_pass_through_float16_norms(make_tiny: MakeTin
 def test_padding_is_never_seen(make_tiny: MakeTiny, convert: Convert) -> None:
     model = load_model(make_tiny(**CASES["mistral"]))
     rows, _ = reference(model)
-    path = convert("mistral", kv="io", layout="ane")
-    clean, dirty = (Session(path, model.spec.language, padding).all(rows) for padding in (0.0, 30.0))
+    clean, dirty = (Session(convert("mistral"), model.spec.language, padding).all(rows) for padding in (0.0, 30.0))
     assert np.array_equal(clean, dirty)
 
 
 def test_a_rewound_cache_goes_on_as_a_new_one(make_tiny: MakeTiny, convert: Convert) -> None:
     model = load_model(make_tiny(**CASES["gemma2"]))
     rows, _ = reference(model)
-    case = LANGUAGES.index("gemma2")
-    path = convert("gemma2", kv=("state", "io")[case % 2], layout=("plain", "ane")[case // 2 % 2])
-    session = Session(path, model.spec.language)
+    session = Session(convert("gemma2"), model.spec.language)
     first = session.all(rows)
     session.position = PREFILL
     again = session.run("prefill", PREFILL, rows[PREFILL:PROMPT])
@@ -198,11 +198,29 @@ def test_functions_share_one_copy_of_the_weights(make_tiny: MakeTiny, tmp_path: 
     assert relative(last, want[0]) <= 1e-2
 
 
-@pytest.mark.parametrize(("weights", "cosine"), [("int8", 0.999), ("int4", 0.9)])
-@pytest.mark.parametrize("layout", ["plain", "ane"])
-def test_fewer_bits_in_both_layouts(
-    make_tiny: MakeTiny, convert: Convert, weights: str, cosine: float, layout: str
+def test_coremltools_reads_the_merged_package_and_finds_the_checkpoints_weights(
+    make_tiny: MakeTiny, convert: Convert
 ) -> None:
+    """The merge on the disk is ours, so the reader is Apple's."""
+    path, model = convert("llama"), load_model(make_tiny(**CASES["llama"]))
+    specification = coremltools("models.utils").load_spec(str(path))
+    load = coremltools("converters.mil.frontend.milproto.load").load
+    program = load(specification, specification.specificationVersion, str(path / "Data/com.apple.CoreML/weights"))
+    assert set(program.functions) == {"prefill", "decode"}
+    assert [f.name for f in specification.description.functions] == ["prefill", "decode"]
+    for described in specification.description.functions:
+        function = program.functions[described.name]
+        assert sorted(s.name for s in described.state) == ["key_cache", "value_cache"]
+        assert {i.name for i in described.input} | {"key_cache", "value_cache"} == set(function.inputs)
+        constants = {op.name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
+        for layer in range(model.spec.language.layers):
+            for name in ("self_attn.q_proj", "mlp.down_proj"):
+                want = model.checkpoint.rows(f"language_model.layers.{layer}.{name}.weight").astype(np.float16)
+                assert np.array_equal(constants[f"layers_{layer}_{name.replace('.', '_')}_weight"], want)
+
+
+@pytest.mark.parametrize(("weights", "layout", "cosine"), [("int8", "ane", 0.999), ("int4", "plain", 0.9)])
+def test_fewer_bits_stay_near(make_tiny: MakeTiny, convert: Convert, weights: str, layout: str, cosine: float) -> None:
     path = convert("llama", Precision(weights), layout=layout)  # type: ignore[arg-type]
     model = load_model(make_tiny(**CASES["llama"]))
     rows, want = reference(model)

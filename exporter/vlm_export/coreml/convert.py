@@ -1,9 +1,9 @@
 """The language model as a Core ML package: functions "prefill" and "decode" of one walk, sharing their weights.
 
-Each function takes inputs_embeds (1, S, H), position int32 (1,) of the first row, causal_mask (1, 1, S, C) to add to the
-scores, and last_row int32 (1,), the row whose logits (1, V) are wanted; rows after it are padding. The KV cache
-key_cache, value_cache (layers, kv_heads, C, head_dim) is a state, or with kv "io" an input; then new_keys and new_values
-(layers, kv_heads, S, head_dim) are outputs, which the caller writes into the cache at `position`.
+Each function takes inputs_embeds (1, S, H), position int32 (1,) of the first row, causal_mask (1, 1, S, C) to add to
+the scores, and last_row int32 (1,), the row whose logits (1, V) are wanted; rows after it are padding. position + S is
+at most C. The KV cache key_cache, value_cache (layers, kv_heads, C, head_dim) is a state, or with kv "io" an input;
+then new_keys and new_values (layers, kv_heads, S, head_dim) are outputs, which the caller writes there at `position`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def convert_language(
     """Write the package `path` (language_model.mlpackage) and say what is in it.
 
     `prefill` are the rows of the prefill functions, none longer than the context: the first one is "prefill", others
-    "prefill_<rows>". A state is float16 also at fp32, since Core ML has no other. Twice the package's size is needed
-    beside `path` meanwhile. Raises InputError for options that are not, CheckpointError for what Core ML cannot
+    "prefill_<rows>". A state is float16 also at fp32, since Core ML has no other. Meanwhile every function is a package
+    beside `path`. Raises InputError for options that are not, CheckpointError for what Core ML cannot
     express, RecipeError for a precision it does not have, DependencyError without coremltools.
     """
     _check(kv, layout, prefill, max_context)

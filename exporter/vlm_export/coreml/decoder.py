@@ -1,4 +1,4 @@
-"""The Core ML emitter of the language model's walk: MIL operations of fixed shapes, weights streamed from the checkpoint.
+"""The Core ML emitter of the language model's walk: MIL operations of fixed shapes, weights read layer by layer.
 
 Values are MIL variables. Layout "plain" holds rows as (1, S, channels) and multiplies by matrices; layout "ane" holds
 them as (1, channels, 1, S) and multiplies by 1×1 convolutions, as the Neural Engine likes it. Attention is the same
@@ -148,7 +148,7 @@ class MilLanguage:
         return self._mb.mul(x=getattr(self._mb, operation)(x=gate, **options), y=up)
 
     def last_row(self, x: Var) -> Var:
-        """The row that `last_row` names: rows after it are padding. A gather, since of one row a slice is optimized out."""
+        """The row that `last_row` names: rows after it are padding."""
         return self._mb.gather(x=x, indices=self.inputs.last_row, axis=3 if self._ane else 1, validate_indices=False)
 
     def softcap(self, x: Var, cap: float) -> Var:
