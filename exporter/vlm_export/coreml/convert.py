@@ -59,7 +59,7 @@ def convert_language(
             shape = Shape(rows, max_context, layout, kv, dtype)
             packages[name] = Path(temporary) / f"{name}.mlpackage"
             stages = _Stages(progress, done, len(names), model.spec.language.layers + 2)
-            details = convert_function(model, precision, shape, packages[name], stages)
+            details = convert_function(model, precision, shape, packages[name], stages, progress)
         merge(packages, path, {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": PART})
     progress(PART, 1, 1)
     cache = "fp32" if kv == "io" and dtype is np.float32 else "fp16"
@@ -85,9 +85,14 @@ def _check(kv: str, layout: str, prefill: Sequence[int], max_context: int) -> No
 
 
 def convert_function(
-    model: Model, precision: Precision, shape: Shape, path: Path, reached: Callable[[int], None] = lambda done: None
+    model: Model,
+    precision: Precision,
+    shape: Shape,
+    path: Path,
+    reached: Callable[[int], None] = lambda done: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """One function, "main", compressed and saved as a package of its own; `reached` is told layers done."""
+    """One function, "main", compressed and saved as a package of its own; `reached` hears how many layers are done."""
     ct, program = coremltools(), emit(model, shape, reached)
     with quiet():
         mlmodel = ct.convert(
@@ -100,7 +105,7 @@ def convert_function(
             pass_pipeline=_pipeline(ct),
             skip_model_load=True,
         )
-    mlmodel, details = compress(mlmodel, precision, part=PART)
+    mlmodel, details = compress(mlmodel, precision, part=PART, progress=progress)
     with quiet():
         mlmodel.save(str(path))
     del mlmodel, program

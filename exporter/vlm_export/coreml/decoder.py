@@ -220,7 +220,7 @@ class MilLanguage:
         cos, sin = cos_sin(attention.rope, self.shape.context)
         rest = np.ones((len(cos), attention.head_dim - 2 * cos.shape[1]), np.float32)
         baked = np.concatenate([cos, cos, rest], 1), np.concatenate([-sin, sin, 0 * rest], 1)
-        begin = self._mb.concat(values=[self.inputs.position, np.int32([0])], axis=0)
+        begin = self._mb.concat(values=[self.inputs.position, _integers(0)], axis=0)
         size = [self.shape.rows, attention.head_dim]
         found: list[Var] = []
         for kind, table in zip(("cos", "sin"), baked, strict=True):
@@ -262,9 +262,9 @@ class MilLanguage:
         if layer not in self._places:
             mb, kv_heads, head_dim = self._mb, self.spec.kv_heads, self.spec.head_dim
             if self._stop is None:
-                self._stop = mb.add(x=self.inputs.position, y=np.int32([self.shape.rows]))
-            first = [np.int32([layer, 0]), self.inputs.position, np.int32([0])]
-            last = [np.int32([layer + 1, kv_heads]), self._stop, np.int32([head_dim])]
+                self._stop = mb.add(x=self.inputs.position, y=_integers(self.shape.rows))
+            first = [_integers(layer, 0), self.inputs.position, _integers(0)]
+            last = [_integers(layer + 1, kv_heads), self._stop, _integers(head_dim)]
             self._places[layer] = mb.concat(values=first, axis=0), mb.concat(values=last, axis=0)
         return self._places[layer]
 
@@ -273,3 +273,7 @@ class MilLanguage:
 
     def _number(self, value: float) -> Any:
         return self.shape.dtype(value)
+
+
+def _integers(*values: int) -> npt.NDArray[np.int32]:
+    return np.array(values, np.int32)
