@@ -93,7 +93,8 @@ def convert_function(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """One function, "main", compressed and saved as a package of its own; `reached` hears how many layers are done."""
-    ct, program = coremltools(), emit(model, shape, reached)
+    ct = coremltools()
+    program = emit(model, shape, reached)
     with quiet():
         mlmodel = ct.convert(
             program,
@@ -105,11 +106,15 @@ def convert_function(
             pass_pipeline=_pipeline(ct),
             skip_model_load=True,
         )
+    # The weights are on the disk now, from where they are compressed. Programs are cycles that hold them in memory.
+    mlmodel._mil_program = program = None
+    gc.collect()
     mlmodel, details = compress(mlmodel, precision, part=PART, progress=progress)
     with quiet():
         mlmodel.save(str(path))
-    del mlmodel, program
-    gc.collect()  # MIL programs are cycles that hold every weight
+    mlmodel = None
+    if precision.weights not in ("fp16", "fp32"):
+        gc.collect()
     return dict(details)
 
 
