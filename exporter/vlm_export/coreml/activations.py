@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vlm_export.coreml.sdk import coremltools, quiet
-from vlm_runtime.mil.executor import Executor
-from vlm_runtime.mil.package import open_package
+from vlm_runtime.mil import watch
 
 Samples = Sequence[Mapping[str, NDArray[Any]]]
 """Input name → values, for each run."""
@@ -42,25 +40,9 @@ def round_activations(mlmodel: Any, samples: Samples, observe: Observe | None = 
         package = Path(folder) / "calibration.mlpackage"
         with quiet():
             mlmodel.save(str(package))
-        ranges = (observe or observed)(package, samples)
+        ranges = (observe or watch.ranges)(package, samples)
     with quiet(), _calibrated(ranges):
         return optimize.linear_quantize_activations(mlmodel, config, [])
-
-
-def observed(package: Path, samples: Samples) -> Ranges:
-    """What our executor of MIL programs sees. Raises BundleError for a package that it cannot run."""
-    executor = Executor(open_package(package))
-    least: dict[str, float] = {}
-    largest: dict[str, float] = {}
-
-    def look(op: str, name: str, value: NDArray[Any]) -> None:
-        if value.dtype.kind == "f" and value.size:
-            least[name] = min(float(value.min()), least.get(name, np.inf))
-            largest[name] = max(float(value.max()), largest.get(name, -np.inf))
-
-    for sample in samples:
-        executor.run(sample, observer=look)
-    return {name: (least[name], largest[name]) for name in least}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from vlm_export.coreml.activations import Observe, Samples
 from vlm_export.coreml.compress import compress
-from vlm_export.coreml.functions import mark
 from vlm_export.coreml.sdk import coremltools, quiet
 from vlm_export.reference import pixel_values
 from vlm_export.target import Progress, silent
@@ -56,9 +55,9 @@ def convert_encoder(
     mlmodel, details = compress(mlmodel, precision, part=part, samples=samples, observe=observe, progress=progress)
     if path.exists():
         shutil.rmtree(path)
+    mlmodel.user_defined_metadata.update({"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
     with quiet():
         mlmodel.save(str(path))
-    mark(path, {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
     progress(part, 2, 2)
     return details
 
