@@ -21,6 +21,7 @@ from vlm_export.coreml.sdk import coremltools
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.model import Model, load_model
 from vlm_quant.recipe import Precision
+from vlm_runtime.engines.mil import MilDecoder
 from vlm_runtime.mil import Executor, open_package
 
 CONTEXT, PREFILL, PROMPT, STEPS = 48, 16, 29, 16
@@ -153,6 +154,21 @@ def test_padding_is_never_seen(make_tiny: MakeTiny, convert: Convert) -> None:
     rows, _ = reference(model)
     clean, dirty = (Session(convert("mistral"), model.spec.language, padding).all(rows) for padding in (0.0, 30.0))
     assert np.array_equal(clean, dirty)
+
+
+def test_the_engine_fills_the_context_to_its_last_position(make_tiny: MakeTiny, convert: Convert) -> None:
+    """The last rows leave no room for a padded chunk, which would be written beyond the cache."""
+    model = load_model(make_tiny(**CASES["gemma3_text"]))
+    rows, _ = reference(model)
+    rows = np.concatenate([rows, rows[: CONTEXT - len(rows)]])
+    want = model.language_model().forward(torch.from_numpy(rows)).numpy()[0]
+    engine = MilDecoder(open_package(convert("gemma3_text")), CONTEXT)
+    engine.prefill(rows[:5])
+    engine.prefill(rows[5:38])
+    engine.rewind(35)
+    got = engine.prefill(rows[35:])
+    assert engine.position == CONTEXT
+    assert relative(got, want) <= 1e-2
 
 
 def test_a_rewound_cache_goes_on_as_a_new_one(make_tiny: MakeTiny, convert: Convert) -> None:
