@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +138,8 @@ def test_every_family_agrees_over_prefill_and_decode(make_tiny: MakeTiny, conver
 def test_fp32_is_exact_but_for_the_state_which_core_ml_holds_in_float16(
     make_tiny: MakeTiny, convert: Convert, kv: str, bound: float
 ) -> None:
-    path = convert("phi3", FP32, kv=kv)
-    checked(make_tiny, "phi3", path, bound)
-    function = open_package(path).functions["decode"]
+    checked(make_tiny, "phi3", convert("phi3", FP32, kv=kv), bound)
+    function = open_package(convert("phi3", FP32, kv=kv)).functions["decode"]
     assert function.inputs["inputs_embeds"].dtype == function.outputs()["logits"].dtype == "fp32"
     assert function.inputs["key_cache"].dtype == ("fp16" if kv == "state" else "fp32")
 
@@ -192,7 +192,12 @@ def test_a_lost_mask_or_position_would_be_seen(make_tiny: MakeTiny, convert: Con
     assert not relative(shifted.run("prefill", PREFILL, rows[PREFILL:PROMPT]), want[0]) <= 1e-2
 
 
-def test_functions_share_one_copy_of_the_weights(make_tiny: MakeTiny, tmp_path: Path) -> None:
+def test_functions_share_one_copy_of_the_weights_and_nothing_is_left_behind(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "temporary"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     model = load_model(make_tiny())
     path = tmp_path / "language_model.mlpackage"
     details = convert_language(model, FP16, path, max_context=CONTEXT, prefill=(PREFILL, 4, 400))
@@ -205,7 +210,9 @@ def test_functions_share_one_copy_of_the_weights(make_tiny: MakeTiny, tmp_path: 
     package = open_package(path)
     assert package.default == "prefill"
     assert package.metadata == {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": "language_model"}
-    assert [p.name for p in tmp_path.iterdir()] == ["language_model.mlpackage"]
+    assert {p.name for p in tmp_path.iterdir()} == {"language_model.mlpackage", "temporary"}
+    assert list(elsewhere.iterdir()) == []
+    assert tempfile.tempdir == str(elsewhere)
     rows, want = reference(model)
     whole, pieces = Session(path, model.spec.language), Session(path, model.spec.language)
     assert relative(whole.run("prefill_48", 48, rows[:PROMPT]), want[0]) <= 1e-2
@@ -268,10 +275,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(make_tiny: MakeTiny, tm
     ):
         with pytest.raises(InputError, match=message):
             convert_language(model, FP16, path, max_context=CONTEXT, **options)
-    strange = dataclasses.replace(model.spec.language, activation="quick_gelu")
-    strange_model = Model(model.checkpoint, dataclasses.replace(model.spec, language=strange))
+    language = dataclasses.replace(model.spec.language, activation="quick_gelu")
+    strange = Model(model.checkpoint, dataclasses.replace(model.spec, language=language))
     with pytest.raises(CheckpointError, match="activation 'quick_gelu' has no Core ML form: supported are silu"):
-        convert_language(strange_model, FP16, path, max_context=CONTEXT)
+        convert_language(strange, FP16, path, max_context=CONTEXT)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,9 +8,10 @@ then new_keys and new_values (layers, kv_heads, S, head_dim) are outputs, which 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,8 +47,8 @@ def convert_language(
 
     `prefill` are the rows of the prefill functions, none longer than the context: the first one is "prefill", others
     "prefill_<rows>". A state is float16 also at fp32, since Core ML has no other. Meanwhile every function is a package
-    beside `path`. Raises InputError for options that are not, CheckpointError for what Core ML cannot
-    express, RecipeError for a precision it does not have, DependencyError without coremltools.
+    beside `path`, one of them in float too. Raises InputError for options that are not, CheckpointError for what Core
+    ML cannot express, RecipeError for a precision it does not have, DependencyError without coremltools.
     """
     _check(kv, layout, prefill, max_context)
     names = function_rows(prefill, max_context)
@@ -95,27 +96,40 @@ def convert_function(
     """One function, "main", compressed and saved as a package of its own; `reached` hears how many layers are done."""
     ct = coremltools()
     program = emit(model, shape, reached)
-    with quiet():
-        mlmodel = ct.convert(
-            program,
-            source="milinternal",
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32,  # every type is chosen by the emitter
-            compute_units=ct.ComputeUnit.CPU_ONLY,
-            pass_pipeline=_pipeline(ct),
-            skip_model_load=True,
-        )
-    # The weights are on the disk now, from where they are compressed. Programs are cycles that hold them in memory.
-    mlmodel._mil_program = program = None
-    gc.collect()
-    mlmodel, details = compress(mlmodel, precision, part=PART, progress=progress)
-    with quiet():
-        mlmodel.save(str(path))
+    with _scratch(path.parent):
+        with quiet():
+            mlmodel = ct.convert(
+                program,
+                source="milinternal",
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=ct.precision.FLOAT32,  # every type is chosen by the emitter
+                compute_units=ct.ComputeUnit.CPU_ONLY,
+                pass_pipeline=_pipeline(ct),
+                skip_model_load=True,
+            )
+        # The weights are on the disk now, from where they are compressed; programs are cycles that hold them in memory.
+        mlmodel._mil_program = program = None
+        gc.collect()
+        mlmodel, details = compress(mlmodel, precision, part=PART, progress=progress)
+        with quiet():
+            mlmodel.save(str(path))
     mlmodel = None
     if precision.weights not in ("fp16", "fp32"):
         gc.collect()
     return dict(details)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Temporary files go into `folder` and end with this; coremltools leaves its own until Python ends."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        tempfile.tempdir = temporary
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _pipeline(ct: Any) -> Any:
