@@ -87,16 +87,17 @@ class _Call:
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         wide = x.float()  # squares of large channels are beyond float16
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-        return (normed * self.weights[_key(norm.name)].float()).to(x.dtype)
+        scaled: Tensor = normed * self.weights[_key(norm.name)].float()
+        return scaled.to(x.dtype)
 
     def head_norm(self, x: Tensor, norm: Norm, heads: int) -> Tensor:
-        return self.rms_norm(x.unflatten(-1, (heads, norm.size)), norm).flatten(2)
+        return self.rms_norm(x.view(1, x.shape[1], heads, norm.size), norm).flatten(2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         a, rows = attention, q.shape[1]
-        queries = self._rotate(q.unflatten(-1, (a.heads, a.head_dim)).transpose(1, 2), a)
-        keys = self._rotate(k.unflatten(-1, (a.kv_heads, a.head_dim)).transpose(1, 2), a)
-        values = v.unflatten(-1, (a.kv_heads, a.head_dim)).transpose(1, 2)
+        queries = self._rotate(q.view(1, rows, a.heads, a.head_dim).transpose(1, 2), a)
+        keys = self._rotate(k.view(1, rows, a.kv_heads, a.head_dim).transpose(1, 2), a)
+        values = v.view(1, rows, a.kv_heads, a.head_dim).transpose(1, 2)
         for cache, new in zip(self.caches, (keys, values), strict=True):
             cache[a.layer, :, :, self.start : self.end] = new
         keys, values = (cache[a.layer, :, :, : self.end] for cache in self.caches)

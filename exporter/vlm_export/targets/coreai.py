@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 ENGINE = "coreai"
 ENGINES = dict.fromkeys(PARTS, ENGINE)
+RUN_BY = (ENGINE,)
 BYTES = {"fp32": 4.0, "fp16": 2.0}
 PACKAGES = {"coreai": "coreai-core", "coreai_torch": "coreai-torch"}
-NOTE = (
-    "parity ran on the CPU by Apple's own runtime for Linux: it shows that the assets load and compute what the "
-    "checkpoint does; speed, and where a device runs them (GPU, Neural Engine), are not measured"
+PROOF = (
+    "checked by Apple's own Core AI runtime on this machine's CPU; placement on GPU and Neural Engine, numerics and "
+    "speed on a device: not measured; Core AI is a beta"
 )
 
 
@@ -74,8 +75,8 @@ def build(job: Job) -> dict[str, Part]:
 
 
 def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[str, Any]:
-    """Nothing beyond parity."""
-    return {}
+    """What parity proves here, and what it does not."""
+    return {"device": {"measured": False, "note": PROOF}}
 
 
 def _expressible(spec: VLMSpec, max_context: int) -> None:
@@ -94,4 +95,4 @@ def _part(root: Path, path: Path, precision: str, details: Mapping[str, Any]) ->
     made_by = {package: importlib.metadata.version(package) for package in PACKAGES.values()}
     size = sum((root / file).stat().st_size for file in files)
     graph = (path / "metadata.json").relative_to(root).as_posix()
-    return Part(graph, files, precision, {**details, "made_by": made_by, "data_bytes": size, "proven": NOTE})
+    return Part(graph, files, precision, {**details, "made_by": made_by, "data_bytes": size})

@@ -66,14 +66,15 @@ class Function:
         self._scope = contextlib.AsyncExitStack()
         thread = threading.Thread(target=self._loop.run_forever, name=f"coreai {path.stem}", daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, _close, self._loop, thread, self._scope)
         try:
             self._main, self.metadata = _wait(self._loop, _open(self._scope, path))
         except Exception as error:  # Apple's errors have no common base but this
-            self.close()
+            _close(self._loop, thread, self._scope)
             raise BundleError(
                 f"{path.name} cannot be opened by Core AI ({_reason(error)}): export the model again"
             ) from None
+        # Made last, so that it runs before what the lowered program's folder does at the end of the process.
+        self.close = weakref.finalize(self, _close, self._loop, thread, self._scope)
         about = self._main.desc
         self.inputs = {name: _described(about.input_descriptor(name)) for name in about.input_names}
         self.states = {name: _described(about.state_descriptor(name)) for name in about.state_names}
@@ -177,6 +178,9 @@ def _wait(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) ->
 
 
 def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, scope: contextlib.AsyncExitStack) -> None:
+    if threading.current_thread() is thread:  # collected as garbage in there, where waiting would never end
+        loop.stop()
+        return
     _wait(loop, scope.aclose())
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
