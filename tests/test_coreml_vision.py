@@ -87,6 +87,7 @@ def test_features_and_projected_rows_are_those_of_the_checkpoint(
         # feature layer -2 of three has two live layers of six matrices, -1 three; one convolution.
         layers = 2 if part == "projector" else (2 if not options else 3) * 6 + 1
         assert details["linears"] == {str(precision): layers}
+        assert details["kept"] == {}, "a bias or a norm was taken for a weight"
         if part == "vision_encoder" and options == {}:  # the third layer, which nobody reads, is not in the package
             live = sum(p.numel() for n, p in model.vision_encoder().named_parameters() if "layers.2." not in n)
             stored = sum(file.stat().st_size for file in path.rglob("weight.bin"))

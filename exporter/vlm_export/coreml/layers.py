@@ -34,7 +34,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Constants:
-    """The float constants of 1024 numbers and more: those that are weights, and the others with what they are."""
+    """Float constants of two axes or more and 1024 numbers or more: weights, and the others with what they are."""
 
     layers: Mapping[str, Layer]
     others: Mapping[str, str]
@@ -55,8 +55,8 @@ def constants(spec: Any) -> Constants:
                         users[binding.name].append(op)
         for name, op in made.items():
             kind, shape = _type(op)
-            if kind is None or math.prod(shape) < SMALL:
-                continue
+            if kind is None or len(shape) < 2 or math.prod(shape) < SMALL:
+                continue  # biases and norms are small
             found = {_layer(name, shape, user, made) for user in users[name]}
             only = found.pop() if len(found) == 1 else None
             if only is not None:
@@ -75,7 +75,7 @@ def _type(const: Any) -> tuple[str | None, tuple[int, ...]]:
 def _layer(name: str, shape: tuple[int, ...], user: Any, made: Mapping[str, Any]) -> Layer | None:
     """The constant as that user's weight, or None where it is something else to it."""
     bound = user.inputs[_WEIGHT[user.type]].arguments if user.type in _WEIGHT else ()
-    if len(shape) < 2 or [binding.name for binding in bound] != [name]:
+    if [binding.name for binding in bound] != [name]:
         return None
     if any(b.name == name for key, a in user.inputs.items() if key != _WEIGHT[user.type] for b in a.arguments):
         return None

@@ -96,10 +96,8 @@ def names(part: EncoderPart) -> tuple[str, str]:
 
 def _check_fp16(module: torch.nn.Module) -> None:
     for name, tensor in module.named_parameters():
-        if tensor.abs().max() > _FP16_MAX:
-            raise RecipeError(
-                f"weight {name!r} is beyond float16 (up to {tensor.abs().max():.3g}): use fp32 for this part"
-            )
+        if (largest := float(tensor.detach().abs().max())) > _FP16_MAX:
+            raise RecipeError(f"weight {name!r} is beyond float16 (up to {largest:.3g}): use fp32 for this part")
 
 
 def _samples(
