@@ -98,53 +98,70 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def decompressed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Array, Array]]:
+    """Kind → what our executor and what coremltools makes of it: one package for each deployment target."""
+    found = {}
+    for target in ("iOS16", "iOS18"):
+        kinds = [kind for kind in KINDS if ("iOS16" in kind) == (target == "iOS16")]
+        theirs: list[Array] = []
+
+        def build(x: Any, kinds: list[str] = kinds, theirs: list[Array] = theirs) -> list[Any]:
+            products = []
+            for i, kind in enumerate(kinds):
+                weight = KINDS[kind]()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    theirs.append(np.asarray(weight.op.materialized_val_inference()))
+                wide = weight.dtype == coremltools().converters.mil.mil.types.fp32
+                products.append(mb().mul(x=x if wide else mb().cast(x=x, dtype="fp16"), y=weight, name=f"y{i}"))
+            return products
+
+        folder = tmp_path_factory.mktemp(target) / "p.mlpackage"
+        package(folder, {"x": tensor((1,), "fp32")}, build, target=target)
+        outputs = Executor(open_package(folder)).run({"x": np.ones(1, np.float32)}).outputs
+        found |= {kind: (outputs[f"y{i}"], theirs[i]) for i, kind in enumerate(kinds)}
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_is_decompressed_as_coremltools_does(kind: str, tmp_path: Path) -> None:
-    kept: list[Array] = []
-
-    def build(x: Any) -> Any:
-        weight = KINDS[kind]()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kept.append(np.asarray(weight.op.materialized_val_inference()))
-        wide = weight.dtype == coremltools().converters.mil.mil.types.fp32
-        return mb().mul(x=x if wide else mb().cast(x=x, dtype="fp16"), y=weight, name="y")
-
-    target = "iOS16" if "iOS16" in kind else "iOS18"
-    folder = package(tmp_path / "p.mlpackage", {"x": tensor((1,), "fp32")}, build, target=target)
-    got = Executor(open_package(folder)).run({"x": np.ones(1, np.float32)}).outputs["y"]
-    assert got.shape == kept[0].shape
-    np.testing.assert_allclose(got, kept[0].astype(np.float32), rtol=1e-3 if kept[0].dtype == np.float16 else 1e-6)
+def test_a_weight_is_decompressed_as_coremltools_does(kind: str, decompressed: dict[str, tuple[Array, Array]]) -> None:
+    got, want = decompressed[kind]
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want.astype(np.float32), rtol=1e-3 if want.dtype == np.float16 else 1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    ["fp16", "fp32", "int8", "uint8", "int16", "uint16", "int32", "int4", *(f"uint{n}" for n in (1, 2, 3, 4, 6))],
-)
-def test_every_blob_and_immediate_is_what_coremltools_reads(dtype: str, tmp_path: Path) -> None:
-    """Constants of 6 numbers are immediate, of 77 in the weight file; coremltools' own reader is the truth."""
+FLOATS = {"fp16": np.float16, "fp32": np.float32}
+STORED = (*FLOATS, "int8", "int16", "int32", "int4", "uint8", "uint16", *(f"uint{n}" for n in (1, 2, 3, 4, 6)))
+
+
+def test_every_blob_and_immediate_is_what_coremltools_reads(tmp_path: Path) -> None:
+    """Constants of 6 numbers are immediate, those of 77 in the weight file; coremltools' own reader is the truth."""
     from coremltools.converters.mil.frontend.milproto import load
 
-    fp = {"fp16": np.float16, "fp32": np.float32}
-    values = [numbers((n,), n).astype(fp[dtype]) if dtype in fp else integers(dtype, (n,)) for n in (6, 77)]
-
     def build(x: Any) -> Any:
-        for i, value in enumerate(values):
-            mb().const(val=value, name=f"kept{i}")
+        for dtype in STORED:
+            for count in (6, 77):
+                made = numbers((count,), count).astype(FLOATS[dtype]) if dtype in FLOATS else integers(dtype, (count,))
+                mb().const(val=made, name=f"{dtype}_{count}")
         return mb().identity(x=x)
 
     folder = package(tmp_path / "p.mlpackage", {"x": tensor((1,), "fp32")}, build)
     opened = open_package(folder)
-    ours = {op.name: op.attributes["val"] for op in opened.functions["main"].block.operations if op.type == "const"}
+    ours = {
+        op.name: (op.attributes or {})["val"] for op in opened.functions["main"].block.operations if op.type == "const"
+    }
     function = coremltools().models.utils.load_spec(str(folder)).mlProgram.functions["main"]
     context = load.TranscriptionContext(str(folder / "Data/com.apple.CoreML/weights"))
+    compared = 0
     for op in function.block_specializations[function.opset].operations:
         if op.type == "const":
             theirs = np.asarray(load._load_value(context, op.attributes["val"]))
-            got = opened.constant(ours[op.outputs[0].name])
-            np.testing.assert_array_equal(np.asarray(got), theirs.astype(np.asarray(got).dtype))
-    stored = weights(opened).tensors
-    assert stored.get(dtype, 0) == 1, stored
+            got = np.asarray(opened.constant(ours[op.outputs[0].name]))
+            np.testing.assert_array_equal(got, theirs.astype(got.dtype))
+            compared += 1
+    assert compared == 2 * len(STORED)
+    assert weights(opened).tensors == dict.fromkeys(STORED, 1)
 
 
 def test_functions_of_one_package_decode_equal_weights_once(tmp_path: Path) -> None:
@@ -152,9 +169,9 @@ def test_functions_of_one_package_decode_equal_weights_once(tmp_path: Path) -> N
     for name, rows in (("long", 4), ("short", 1)):
 
         def build(x: Any) -> Any:
-            global RNG
-            RNG = np.random.default_rng(5)
-            return mb().linear(x=x, weight=blockwise("int4", (8, 64), (8, 2), offset=False), name="y")
+            data = typed(np.arange(512).reshape(8, 64) % 15 - 7, "int4")
+            scale = numbers((8, 2), 1, 0.01).astype(np.float16)
+            return mb().linear(x=x, weight=mb().constexpr_blockwise_shift_scale(data=data, scale=scale), name="y")
 
         package(tmp_path / f"{name}.mlpackage", {"x": tensor((rows, 64))}, build)
     merged = ct.utils.MultiFunctionDescriptor()

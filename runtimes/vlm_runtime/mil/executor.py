@@ -109,7 +109,10 @@ class _Run:
 
     def all(self, feeds: Mapping[str, Array]) -> Outcome:
         function = self._prepared.function
-        self._take(function, feeds)
+        try:
+            self._take(function, feeds)
+        except Unsound as error:
+            raise BundleError(f"{self._executor.package.folder}: {error}: give {function.name!r} that") from None
         self._block(function.block)
         outputs = {name: self._value(name) for name in function.block.outputs}
         return Outcome(
