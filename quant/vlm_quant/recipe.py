@@ -87,7 +87,7 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _precision(value: str, text: str) -> Precision:
-    own = {**GGUF_TYPES, **COREML_TYPES}.get(value.lower())
+    own = GGUF_TYPES.get(value.lower()) or COREML_TYPES.get(value.lower())
     if own is not None:
         return Precision(own.weights, format=own.name)
     weights, colon, group = value.partition(":")

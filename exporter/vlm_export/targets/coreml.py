@@ -47,11 +47,12 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
 
 
 def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
-    """The packages, and once more the language model's functions before their weights are merged."""
+    """The packages; of the language model also its functions before they are merged, and one float copy."""
     sizes = {
         part: weights(model, part) * coreml_type(getattr(recipe, RECIPE_PARTS[part]), part).bits / 8 for part in parts
     }
-    return sum(sizes.values()) + 2 * sizes.get("language_model", 0.0)
+    copies = 2 * sizes["language_model"] + 2.0 * weights(model, "language_model") if "language_model" in sizes else 0.0
+    return sum(sizes.values()) + copies
 
 
 def build(job: Job) -> dict[str, Part]:
