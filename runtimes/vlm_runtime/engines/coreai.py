@@ -228,7 +228,7 @@ def _marks(path: Path) -> Mapping[str, Any]:
     Raises BundleError for a damaged asset. Apple's reader must not see one: without its program it ends the process.
     """
     try:
-        marks = json.loads((path / "metadata.json").read_bytes())["creatorDefinedMetadata"]
+        marks: dict[str, Any] = json.loads((path / "metadata.json").read_bytes())["creatorDefinedMetadata"]
         with (path / "main.mlirb").open("rb") as program:
             digest = hashlib.file_digest(program, "sha256").digest()
         sound = digest == (path / "main.hash").read_bytes() and isinstance(marks, dict)
