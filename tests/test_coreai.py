@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_every_family_agrees_over_prefill_and_greedy_decode(
         got.append(decoder.decode(row).copy())
         want.append(language.forward(torch.from_numpy(row[None]))[0].numpy())
     assert relative(np.stack(got), np.stack(want)) <= BOUNDS[precision]
-    assert [int(row.argmax()) for row in got] == [int(row.argmax()) for row in want]
+    lost = [float((truth.max() - truth[row.argmax()]) / truth.std()) for row, truth in zip(got, want, strict=True)]
+    # Apple's CPU runtime adds up in float16; a random model's best two may be closer than that.
+    assert max(lost) <= (0.0 if precision == "fp32" else 0.02)
 
 
 def test_chunks_and_a_rewound_cache_give_what_the_whole_gives(make_tiny: MakeTiny, convert: Convert) -> None:
@@ -161,8 +164,6 @@ def test_an_asset_of_another_model_or_part_is_refused(make_tiny: MakeTiny, conve
 def test_a_damaged_asset_is_refused_in_one_line(
     make_tiny: MakeTiny, convert: Convert, tmp_path: Path, damage: str
 ) -> None:
-    import shutil
-
     path = Path(shutil.copytree(convert("llama", "fp16"), tmp_path / "language_model.aimodel"))
     program, metadata = path / "main.mlirb", path / "metadata.json"
     whole = program.read_bytes()

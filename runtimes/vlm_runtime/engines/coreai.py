@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import threading
 import weakref
@@ -67,7 +69,7 @@ class Function:
         thread = threading.Thread(target=self._loop.run_forever, name=f"coreai {path.stem}", daemon=True)
         thread.start()
         try:
-            self._main, self.metadata = _wait(self._loop, _open(self._scope, path))
+            self._main = _wait(self._loop, _open(self._scope, path))
         except Exception as error:  # Apple's errors have no common base but this
             _close(self._loop, thread, self._scope)
             raise BundleError(
@@ -161,11 +163,11 @@ def array_of(array: Array) -> Any:
     return importlib.import_module("coreai.runtime").NDArray(array)
 
 
-async def _open(scope: contextlib.AsyncExitStack, path: Path) -> tuple[Any, dict[str, Any]]:
+async def _open(scope: contextlib.AsyncExitStack, path: Path) -> Any:
     asset = importlib.import_module("coreai.authoring.asset").AIModelAsset.load(path)
     model = await scope.enter_async_context(asset.executable())
     with _no_log():
-        return model.load_function("main"), dict(asset.metadata.creator_defined_metadata)
+        return model.load_function("main")
 
 
 async def _call(function: Any, inputs: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str, Array]:
@@ -214,12 +216,29 @@ def _function(bundle: Bundle, part: str, options: Options) -> Function:
             "leave out --device, --kv-cache and --flash-attention"
         )
     path = bundle.path(bundle.part(part, NAME).graph).parent
-    function = Function(path)
-    written = function.metadata
+    written = _marks(path)
     if written.get("vlm.part") != part or written.get("vlm.fingerprint") != bundle.spec.fingerprint:
-        function.close()
         raise BundleError(f"{path.name} is a part of another model: it is not the {part} of {bundle.spec.name}")
-    return function
+    return Function(path)
+
+
+def _marks(path: Path) -> Mapping[str, Any]:
+    """What was written into an asset beside its program, which must have the hash that was written with it.
+
+    Raises BundleError for a damaged asset. Apple's reader must not see one: without its program it ends the process.
+    """
+    try:
+        marks: dict[str, Any] = json.loads((path / "metadata.json").read_bytes())["creatorDefinedMetadata"]
+        with (path / "main.mlirb").open("rb") as program:
+            digest = hashlib.file_digest(program, "sha256").digest()
+        sound = digest == (path / "main.hash").read_bytes() and isinstance(marks, dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path.name} is damaged ({_reason(error)}): export the model again") from None
+    if not sound:
+        raise BundleError(
+            f"{path.name} is damaged: its program is not the one that was written; export the model again"
+        )
+    return marks
 
 
 def _checked(function: Function, max_context: int) -> tuple[int, type[Any]]:
