@@ -32,11 +32,24 @@ def test_importing_the_runtime_loads_nothing_heavy_and_is_quick() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["vlm", "chat", "answer", "cli", "engine", "text", "sampling", "engines.onnx", "engines.gguf"]
+    "module",
+    [
+        *("vlm", "chat", "answer", "cli", "engine", "text", "sampling", "mil.explain"),
+        *("engines.onnx", "engines.gguf", "engines.mil", "engines.coreml", "engines.coreai"),
+    ],
 )
 def test_no_module_of_the_runtime_loads_a_framework_or_an_sdk(module: str) -> None:
     loaded = probe(f"import vlm_runtime.{module}")[1]
-    assert not loaded & {"torch", "transformers", "onnxruntime", "onnx", "llama_cpp", "tensorrt", "coremltools"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "onnxruntime",
+        "onnx",
+        "llama_cpp",
+        "tensorrt",
+        "coremltools",
+        "coreai",
+    }
     assert not any(name.startswith(("vlm_export", "vlm_quant", "vlm_bench")) for name in loaded)
 
 
