@@ -75,7 +75,8 @@ def convert_encoder(
         module, shape = model.projector(), (1, vision.image_tokens, model.spec.projector.in_features)
     if dtype is torch.float16:
         _check_fp16(module, part)
-        module = copy.deepcopy(module).half()  # the model's own stays float32: it is the reference
+    # A copy: the model's own stays float32, and torch.export takes no weights that were loaded in inference mode.
+    module = copy.deepcopy(module).to(dtype).requires_grad_(False)
     source, result = NAMES[part]
     example = torch.zeros(shape, dtype=dtype)
     write_asset(module, (example,), Form((source,), (result,)), path, _marks(model, part))
@@ -91,6 +92,7 @@ def _marks(model: Model, part: str) -> dict[str, str]:
     return {"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part}
 
 
+@torch.no_grad()
 def _check_fp16(module: nn.Module, part: str) -> None:
     for name, tensor in module.named_parameters():
         if tensor.abs().max() > _FP16_MAX:
