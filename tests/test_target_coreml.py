@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from PIL import Image
 
 import vlm_export
 import vlm_runtime
-from exporting import Command, command
-from vlm_models.errors import BundleError, DependencyError, InputError, RecipeError
+from exporting import Command, command, rewrite
+from vlm_models.errors import BundleError, CheckError, DependencyError, InputError, RecipeError
+from vlm_runtime.bundle import Bundle
+from vlm_runtime.engine import choose_engines
 from vlm_runtime.manifest import Manifest, Part, read_manifest
 
 run = pytest.fixture(command)
@@ -69,6 +74,26 @@ def test_a_picture_is_answered_where_core_ml_is_not(bundle: Path, picture: Image
     assert once.image_tokens == 16
 
 
+def test_an_engine_made_for_checking_comes_last(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    others = {part: dict.fromkeys(("coreai", "onnx"), engines["mil"]) for part, engines in manifest.parts.items()}
+    parts = {part: {**engines, **others[part]} for part, engines in manifest.parts.items()}
+    several = Bundle(bundle, dataclasses.replace(manifest, parts=parts))
+    assert set(choose_engines(several, None).values()) == {"onnx"}
+    assert set(choose_engines(Bundle(bundle, manifest), None).values()) == {"mil"}
+
+
+def test_overflows_of_float16_are_named(tiny: Path, tmp_path: Path) -> None:
+    loud = tmp_path / "loud"
+    shutil.copytree(tiny, loud)
+    rewrite(loud, lambda tensors: [t.mul_(3000) for name, t in tensors.items() if "multi_modal_projector" in name])
+    with contextlib.suppress(CheckError):
+        vlm_export.export(loud, "coreml", tmp_path / "out", max_context=CONTEXT, greedy_tokens=1)
+    found = read_manifest(tmp_path / "out").parity["coreml"]["overflows"]
+    assert set(found["parts"]) >= {"projector"}
+    assert "overflow float16" in found["note"]
+
+
 @pytest.mark.parametrize("options", [{"coreml_kv": "io"}, {"coreml_layout": "ane"}])
 def test_policies_of_cache_and_layout_compute_the_same(
     options: dict[str, Any], tiny: Path, tmp_path: Path, bundle: Path
@@ -89,6 +114,10 @@ def test_states_of_float16_are_not_held_to_fp32(tiny: Path, tmp_path: Path) -> N
     assert "float16" in language_part(manifest).details["inexact"]
     assert manifest.parity["coreml"]["stages"]["image_embeds"]["threshold"] == {"relative_l2": 1e-4}
     assert manifest.parity["coreml"]["stages"]["logits"]["threshold"] == {"cosine": 0.999, "kl": 0.01}
+    exact = vlm_export.export(
+        tiny, "coreml", tmp_path / "io", precision="fp32", max_context=CONTEXT, greedy_tokens=4, coreml_kv="io"
+    )
+    assert exact.parity["coreml"]["stages"]["logits"]["threshold"] == {"relative_l2": 1e-4}
 
 
 def test_activations_are_calibrated_on_pictures(tiny: Path, pairs: Path, tmp_path: Path) -> None:

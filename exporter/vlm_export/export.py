@@ -24,7 +24,10 @@ from vlm_runtime.manifest import Manifest, Part
 if TYPE_CHECKING:
     from vlm_models.model import Model
 
-_TOOLS = ("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "numpy")
+_TOOLS = (
+    *("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python"),
+    *("coremltools", "coreai-core", "coreai-torch", "numpy"),
+)
 
 
 def export(

@@ -140,6 +140,7 @@ def measure(runner: Runner, reference: Reference, recipe: Recipe, progress: Prog
     return {"passed": passed, "stages": stages, "greedy": greedy, "reference": reference.how}
 
 
+@np.errstate(invalid="ignore", over="ignore")  # infinities give NaN, which is beyond every threshold
 def distance(reference: Floats, other: Floats) -> dict[str, float]:
     """Cosine and relative L2 of all numbers as one vector, and the largest absolute difference; in float64."""
     a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
@@ -151,6 +152,7 @@ def distance(reference: Floats, other: Floats) -> dict[str, float]:
     }
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def divergence(reference: Floats, other: Floats) -> dict[str, float]:
     """Of logits (N, V): the share of rows with the same best token, and the mean KL(reference || other) in nats."""
     p, q = _log_softmax(reference), _log_softmax(other)

@@ -122,6 +122,7 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
+_LATE = {"coreai": 1, "mil": 2}  # they check rather than serve where another engine is at hand
 PART_WORDS = {"vision": "vision_encoder", "projector": "projector", "language": "language_model"}
 
 
@@ -162,7 +163,7 @@ def _asked(bundle: Bundle, wanted: str) -> dict[str, str]:
 
 def _first_available(bundle: Bundle, part: str) -> str:
     reasons = []
-    for name in bundle.engines(part):
+    for name in sorted(bundle.engines(part), key=lambda name: (_LATE.get(name, 0), name)):
         if name not in engine_names():
             reasons.append(f"engine {name!r} is not known to this version")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 from collections.abc import Collection, Mapping
@@ -19,7 +20,9 @@ from vlm_models.spec import VLMSpec
 from vlm_quant.coreml_types import coreml_type
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
 from vlm_quant.recipe import Precision, Recipe
+from vlm_runtime.engines.mil import MilDecoder, MilEncoder
 from vlm_runtime.manifest import PARTS, Part
+from vlm_runtime.mil import open_package
 
 if TYPE_CHECKING:
     from vlm_export.reference import Reference
@@ -83,8 +86,27 @@ def build(job: Job) -> dict[str, Part]:
 
 
 def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[str, Any]:
-    """What parity proves here, and what it does not."""
-    return {"device": {"measured": False, "note": PROOF}}
+    """Operations whose float16 results overflow on the golden picture and prompt, and what parity does not prove."""
+    found: dict[str, Any] = {"device": {"measured": False, "note": PROOF}}
+    lost: dict[str, Any] = {}
+    for part, described in written.items():
+        package = open_package((job.root / described.graph).parent)
+        if part == "language_model":
+            decoder = MilDecoder(package, job.max_context)
+            decoder.prefill(reference.inputs_embeds)
+            overflows = decoder.overflows
+        else:
+            encoder = MilEncoder(package)
+            encoder.run((reference.pixel_values if part == "vision_encoder" else reference.image_features)[None])
+            overflows = encoder.overflows
+        if overflows:
+            lost[part] = [dataclasses.asdict(overflow) for overflow in overflows.values()]
+    if lost:
+        first = next(iter(lost.values()))[0]
+        count = sum(map(len, lost.values()))
+        note = f"{count} operations overflow float16, {first['name']!r} ({first['op']}) among them"
+        found["overflows"] = {"parts": lost, "note": f"{note}: see manifest.json, or choose fp32 for the part"}
+    return found
 
 
 def _part(root: Path, package: Path, precision: Precision, part: str, details: dict[str, Any]) -> Part:

@@ -9,7 +9,8 @@ import numpy as np
 
 from vlm_models.errors import BundleError, InputError, PromptError
 from vlm_runtime.engine import Floats, Options
-from vlm_runtime.mil import Executor, Package, open_package
+from vlm_runtime.mil import Executor, Outcome, Overflow, Package, open_package
+from vlm_runtime.mil.values import NUMPY
 
 if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
@@ -49,10 +50,10 @@ def part_package(bundle: Bundle, part: str, options: Options) -> Package:
 
 
 class MilEncoder:
-    """A function of one input and one output, for one picture at a time."""
+    """A function of one input and one output, for one picture at a time. `overflows`: so far, by the value's name."""
 
     def __init__(self, package: Package) -> None:
-        self.executor = Executor(package)
+        self.executor, self.overflows = Executor(package), dict[str, Overflow]()
         description = package.descriptions[package.default]
         if len(description.inputs) != 1 or len(description.outputs) != 1 or description.states:
             raise BundleError(f"{package.folder} is not an encoder: it needs one input, one output and no state")
@@ -63,8 +64,10 @@ class MilEncoder:
         """(N, …) → (N, rows, channels)."""
         if x.shape[1:] != self._shape:
             raise ValueError(f"the package takes rows of {self._shape}, got {x.shape}")
-        rows = [self.executor.run({self._input: x[i : i + 1]}).outputs[self._output] for i in range(len(x))]
-        return np.concatenate(rows).astype(np.float32, copy=False)
+        outcomes = [self.executor.run({self._input: x[i : i + 1]}) for i in range(len(x))]
+        for outcome in outcomes:
+            _count(self.overflows, outcome)
+        return np.concatenate([o.outputs[self._output] for o in outcomes]).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class _Form:
     hidden_size: int
     vocab_size: int
     cache: dict[str, tuple[int, ...]]
+    cache_type: str
     stateful: bool
 
 
@@ -83,15 +87,17 @@ class MilDecoder:
     """Functions of fixed numbers of rows over one cache; a chunk that is too short is padded behind.
 
     Padding is written to the cache behind the last row, where nothing sees it before the next rows overwrite it.
+    `overflows`: the operations that lost numbers to float16 so far, by the value's name.
     """
 
     def __init__(self, package: Package, max_context: int) -> None:
         self._form = _form(package)
         if self._form.context < max_context:
             raise BundleError(f"{package.folder} holds {self._form.context} positions, the manifest says {max_context}")
-        self.executor = Executor(package)
+        self.executor, self.overflows = Executor(package), dict[str, Overflow]()
         self.max_context, self.position = max_context, 0
-        self._cache = {name: np.zeros(shape, np.float16) for name, shape in self._form.cache.items()}
+        dtype = NUMPY[self._form.cache_type]
+        self._cache = {name: np.zeros(shape, dtype) for name, shape in self._form.cache.items()}
         self._logits = np.zeros(self._form.vocab_size, np.float32)
 
     def prefill(self, embeds: Floats) -> Floats:
@@ -140,9 +146,12 @@ class MilDecoder:
             "last_row": np.array([count - 1], np.int32),
         }
         if form.stateful:
-            outputs = self.executor.run(feeds, self._cache, function=function).outputs
+            outcome = self.executor.run(feeds, self._cache, function=function)
         else:
-            outputs = self.executor.run(feeds | self._cache, function=function).outputs
+            outcome = self.executor.run(feeds | self._cache, function=function)
+        outputs = outcome.outputs
+        _count(self.overflows, outcome)
+        if not form.stateful:
             for kind in ("key", "value"):
                 new = outputs[f"new_{kind}s"]
                 self._cache[f"{kind}_cache"][:, :, self.position : self.position + count] = new[:, :, :count]
@@ -171,14 +180,24 @@ def _form(package: Package) -> _Form:
                 f"{package.folder}: {name!r} takes {', '.join(shapes)} and gives {', '.join(outputs)}; "
                 f"a language model takes {', '.join(wanted)} and gives {', '.join(sorted(results))}"
             )
+        types = {function.inputs[key].dtype for key in ("key_cache", "value_cache")}
+        if not types <= {"fp16", "fp32"} or len(types) > 1:
+            raise BundleError(
+                f"{package.folder}: the KV cache of {name!r} is {', '.join(sorted(types))}, not fp16 or fp32"
+            )
         cache, mask, embeds = shapes["key_cache"], shapes["causal_mask"], shapes["inputs_embeds"]
         fixed = (*cache, *mask, *embeds, *outputs["logits"])
         if None in fixed or cache != shapes["value_cache"] or mask != (1, 1, embeds[1], cache[2]) or embeds[0] != 1:
             raise BundleError(f"{package.folder}: the shapes of {name!r} do not fit one another: {shapes}")
         rows[name] = int(embeds[1] or 0)
-        forms.add((cache, embeds[2], outputs["logits"][-1], stateful))
+        forms.add((cache, *types, embeds[2], outputs["logits"][-1], stateful))
     if len(forms) != 1 or min(rows.values()) < 1:
         raise BundleError(f"{package.folder}: its functions differ in cache, hidden size or vocabulary")
-    ((shape, hidden_size, vocab_size, stateful),) = forms
+    ((shape, dtype, hidden_size, vocab_size, stateful),) = forms
     caches = {name: tuple(int(n or 0) for n in shape) for name in ("key_cache", "value_cache")}
-    return _Form(rows, caches["key_cache"][2], int(hidden_size or 0), int(vocab_size or 0), caches, stateful)
+    return _Form(rows, caches["key_cache"][2], int(hidden_size or 0), int(vocab_size or 0), caches, dtype, stateful)
+
+
+def _count(known: dict[str, Overflow], outcome: Outcome) -> None:
+    for overflow in outcome.overflows:
+        known.setdefault(overflow.name, overflow)
