@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,10 @@ from checkpoints import tiny_llava
 from no_skips import pytest_runtest_makereport  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is not a fault.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 MakeTiny = Callable[..., Path]
 

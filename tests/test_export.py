@@ -239,7 +239,7 @@ def test_a_context_that_the_model_does_not_have_is_refused(tiny: Path, tmp_path:
 def test_no_target_and_unknown_targets_are_told_apart(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no target given"):
         vlm_export.export(tiny, [], tmp_path / "out")
-    with pytest.raises(InputError, match="unknown target 'onx': choose one of onnx"):
+    with pytest.raises(InputError, match=r"unknown target 'onx': choose one of .*onnx"):
         vlm_export.export(tiny, ["onnx", "onx"], tmp_path / "out")
     with pytest.raises(CheckpointError, match="no such folder"):
         vlm_export.export(tmp_path / "nowhere", "onnx", tmp_path / "out")
