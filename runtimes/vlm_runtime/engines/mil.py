@@ -190,7 +190,7 @@ def _form(package: Package) -> _Form:
         if None in fixed or cache != shapes["value_cache"] or mask != (1, 1, embeds[1], cache[2]) or embeds[0] != 1:
             raise BundleError(f"{package.folder}: the shapes of {name!r} do not fit one another: {shapes}")
         rows[name] = int(embeds[1] or 0)
-        forms.add((cache, *types, embeds[2], outputs["logits"][-1], stateful))
+        forms.add((cache, types.pop(), embeds[2], outputs["logits"][-1], stateful))
     if len(forms) != 1 or min(rows.values()) < 1:
         raise BundleError(f"{package.folder}: its functions differ in cache, hidden size or vocabulary")
     ((shape, dtype, hidden_size, vocab_size, stateful),) = forms
