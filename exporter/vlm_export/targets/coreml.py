@@ -113,7 +113,7 @@ def _part(root: Path, package: Path, precision: Precision, part: str, details: d
     warning = coreml_type(precision, part).warning
     found = [*([warning] if warning else []), *notes(package)]
     if kept := details.get("kept"):
-        found.append(f"{part}: {len(kept)} layers are not {precision}: {'; '.join(sorted(set(kept.values())))}")
+        found.append(f"{part}: {len(kept)} tensors are not {precision}: {'; '.join(sorted(set(kept.values())))}")
     if less := details.get("inexact"):
         found.append(less)
     files = sorted(path.relative_to(root).as_posix() for path in package.rglob("*") if path.is_file())
