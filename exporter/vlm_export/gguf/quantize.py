@@ -8,7 +8,6 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +18,7 @@ from vlm_models.errors import CheckError, CheckpointError
 from vlm_models.spec import LanguageSpec
 from vlm_quant.gguf_types import GgufType
 from vlm_runtime import llama
+from vlm_runtime.gguf_header import read_header
 
 _BUFFER = 1 << 28  # bytes of rows that the quantizer holds at once
 _POLL = 0.2  # seconds between looks at how far the file has grown
@@ -47,7 +47,7 @@ def quantize_gguf(
     stored as another type, named in the facts. Raises CheckError with llama.cpp's reason where it fails, and leaves no
     file behind then.
     """
-    shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in gguf.GGUFReader(source).tensors}
+    shapes = {name: tensor.shape[::-1] for name, tensor in read_header(source).tensors.items()}
     named = _by_gguf_name(importance or {}, spec, shapes)
     weighed = {name: vector for name, vector in named.items() if type.direct or not _rounded(type, vector.size)}
     try:
