@@ -12,12 +12,13 @@ import vlm_export
 import vlm_runtime
 from conftest import MakeTiny
 from exporting import Command, command
+from vlm_export.gguf.architecture import GRAPHS
 from vlm_export.target import find_target
 from vlm_models.errors import BundleError, CheckpointError, InputError, RecipeError
 from vlm_models.model import load_model
 from vlm_quant.gguf_types import GGUF_TYPES
 from vlm_quant.recipe import Precision, parse_recipe
-from vlm_runtime.gguf_header import read_header
+from vlm_runtime.gguf_header import ARCHITECTURES, read_header
 from vlm_runtime.manifest import Manifest, Part, read_manifest
 
 run = pytest.fixture(command)
@@ -160,6 +161,10 @@ def test_a_model_that_llama_cpp_rounds_by_itself_is_measured_as_such(make_tiny: 
     logits = manifest.parity["gguf"]["stages"]["logits"]
     assert logits["threshold"] == {"cosine": 0.999, "kl": 0.01}
     assert any("table of fp16" in note for note in part_of(manifest).details["notes"])
+
+
+def test_writer_and_reader_name_the_same_architectures() -> None:
+    assert {kind: ARCHITECTURES.get(kind, kind) for kind in GRAPHS} == {kind: g.name for kind, g in GRAPHS.items()}
 
 
 def test_every_type_parses_and_its_bytes_are_counted(tiny: Path) -> None:
