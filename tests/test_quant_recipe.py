@@ -34,6 +34,9 @@ def test_parts_left_out_take_fp16_and_both_spellings_are_read() -> None:
         ("language=int4:", "only int4 has groups"),
         ("vision=int8,vision_encoder=fp16", "twice"),
         ("vision=int8,", "choose one of"),
+        ("language=int4;lm_head", "names no layers"),
+        ("language=int4;=int8", "names no layers"),
+        ("language=int4;lm_head=int5", "'int5'"),
     ],
 )
 def test_anything_else_is_refused_in_one_line_that_says_what_is_allowed(text: str, said: str) -> None:
@@ -41,3 +44,18 @@ def test_anything_else_is_refused_in_one_line_that_says_what_is_allowed(text: st
         parse_recipe(text)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_last_rule_that_fits_a_layer_gives_its_precision() -> None:
+    text = "language=int4:g64;layers.0-1=int8;mlp.down_proj=int8;layers.1.mlp.down_proj=fp16;lm_head=fp32"
+    language = parse_recipe(text).language
+    expected = {
+        "layers.0.self_attn.q_proj": "int8",
+        "layers.1.mlp.down_proj": "fp16",
+        "layers.10.mlp.down_proj": "int8",
+        "layers.10.mlp.up_proj": "int4:g64",
+        "lm_head": "fp32",
+    }
+    assert {name: str(language.at(name)) for name in expected} == expected
+    assert language.rule("layers.10.mlp.up_proj") is None
+    assert parse_recipe(str(parse_recipe(text))) == parse_recipe(text)

@@ -34,13 +34,35 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How a weight matrix (R, C) was rounded already: w = (integer − zero) · scale in groups of `group_size` columns.
+
+    `scales` (R, G) float32, `zeros` (R, G) uint8 for integers from 0, or None for symmetric ones around 0.
+    """
+
+    bits: int
+    group_size: int
+    scales: Array
+    zeros: Array | None = None
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """That of rows start:stop."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return Grid(self.bits, self.group_size, self.scales[start:stop], zeros)
+
+
+@dataclass(frozen=True)
 class Stored:
-    """One tensor on disk: `array` is a view of the mapped file; `span` its bytes there, for dropping pages."""
+    """One tensor on disk: `array` is a view of the mapped file; `span` its bytes there, for dropping pages.
+
+    `grid` says on which values a quantizer has put it, so that packing finds the same integers again.
+    """
 
     dtype: str
     array: Array
     map: mmap.mmap | None = None
     span: tuple[int, int] = (0, 0)
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,10 @@ class Checkpoint:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows start:stop of the tensor: a read-only view of the mapped file in its own dtype (bf16 as ml_dtypes)."""
         return self._get(name).array[start:stop]
+
+    def grid(self, name: str) -> Grid | None:
+        """The values on which a quantizer has put the tensor; None for one as it was trained."""
+        return self._get(name).grid
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from memory; they are read again when needed."""
