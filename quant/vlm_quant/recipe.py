@@ -164,3 +164,14 @@ def refuse_formats(recipe: Recipe, parts: Iterable[str], target: str) -> None:
                     f"target {target!r} has no precision {precision.format!r} for the {PARTS[part]} part: "
                     f"choose of {', '.join(WORDS)}"
                 )
+
+
+def refuse_rules(recipe: Recipe, parts: Iterable[str], target: str) -> None:
+    """Raise RecipeError where one of `parts` has rules for single layers, which `target` cannot take."""
+    for part in parts:
+        precision: Precision = getattr(recipe, PARTS[part])
+        if precision.rules:
+            raise RecipeError(
+                f"target {target!r} takes one precision for the whole {PARTS[part]} part, not {str(precision)!r}: "
+                f"leave out ;{';'.join(f'{pattern}={other}' for pattern, other in precision.rules)}"
+            )

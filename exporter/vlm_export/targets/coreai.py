@@ -14,7 +14,7 @@ from vlm_models.errors import CheckpointError, DependencyError, RecipeError
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Recipe
+from vlm_quant.recipe import Recipe, refuse_rules
 from vlm_runtime.manifest import PARTS, Part
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
     Raises RecipeError for integers and types of other targets, CheckpointError for a model that has no Core AI form,
     DependencyError where coreai-core or coreai-torch is missing.
     """
+    refuse_rules(recipe, parts, "coreai")
     for part in parts:
         precision = getattr(recipe, RECIPE_PARTS[part])
         if str(precision) not in BYTES:

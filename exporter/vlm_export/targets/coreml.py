@@ -19,7 +19,7 @@ from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.coreml_types import coreml_type
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Precision, Recipe
+from vlm_quant.recipe import Precision, Recipe, refuse_rules
 from vlm_runtime.engines.mil import MilDecoder, MilEncoder
 from vlm_runtime.manifest import PARTS, Part
 from vlm_runtime.mil import open_package
@@ -38,6 +38,7 @@ PROOF = (
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
     """coremltools with a NumPy that it works with, and types that Core ML has."""
+    refuse_rules(recipe, parts, "coreml")
     for part in parts:
         coreml_type(getattr(recipe, RECIPE_PARTS[part]), part)
     if importlib.util.find_spec("coremltools") is None:

@@ -22,7 +22,7 @@ from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.calibration import sample
 from vlm_quant.gguf_types import GGUF_TYPES, gguf_type
-from vlm_quant.recipe import Recipe
+from vlm_quant.recipe import Recipe, refuse_rules
 from vlm_runtime.llama import library
 from vlm_runtime.manifest import Part
 
@@ -37,6 +37,7 @@ LANGUAGE_MODEL, MMPROJ = f"{ENGINE}/language_model.gguf", f"{ENGINE}/mmproj.gguf
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
     """llama.cpp at the version known to agree, a type it has, an architecture whose graph computes this model."""
+    refuse_rules(recipe, parts, "gguf")
     gguf_type(recipe.language)
     architecture(spec.language, max_context)
     library()

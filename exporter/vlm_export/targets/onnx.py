@@ -20,7 +20,7 @@ from vlm_models.language import walk
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Precision, Recipe, refuse_formats
+from vlm_quant.recipe import Precision, Recipe, refuse_formats, refuse_rules
 from vlm_runtime.manifest import PARTS, Part
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
     Raises CheckpointError for a language model of other sizes, RecipeError for types of other targets.
     """
     refuse_formats(recipe, parts, "onnx")
+    refuse_rules(recipe, parts, "onnx")
     if "language_model" not in parts:
         return
     language = spec.language
