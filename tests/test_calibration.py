@@ -15,7 +15,8 @@ from PIL import Image
 
 from vlm_models.demo import scenes
 from vlm_models.errors import InputError
-from vlm_quant.calibration import Calibration, Pair, read_pairs, sample
+from vlm_quant.calibration import Calibration, Pair, read_pairs, readable, sample, split
+from vlm_runtime.image import open_image
 
 ROWS = [
     {"image": "a.png", "prompt": "What is it?", "answer": "A dot"},
@@ -175,3 +176,52 @@ def test_a_sample_is_seeded_and_holds_every_kind_in_proportion() -> None:
     assert sample(everything, 100) is everything
     with pytest.raises(InputError, match="0 calibration samples cannot be"):
         sample(everything, 0)
+
+
+def pictured(folder: Path, count: int, broken: int = 0, *, same: bool = False) -> Calibration:
+    """Pairs of `count` pictures, of which the first `broken` are no pictures."""
+    for i in range(count):
+        Image.new("RGB", (4, 4), (0 if same else i, 0, 0)).save(folder / f"{i}.png")
+        if i < broken:
+            (folder / f"{i}.png").write_bytes(b"\x89PNG no picture")
+    return Calibration(tuple(Pair(folder / f"{i}.png", "What is it?") for i in range(count)))
+
+
+def test_unreadable_pictures_are_skipped_and_counted_up_to_a_tenth(tmp_path: Path) -> None:
+    kept = readable(pictured(tmp_path, 20, broken=2), open_image)
+    assert (len(kept.pairs), kept.skipped) == (18, 2)
+    assert [pair.image.name for pair in kept.pairs] == [f"{i}.png" for i in range(2, 20)]
+    with pytest.raises(InputError, match=r"^3 of 20 calibration pairs .* more than 10%; the first: .*0\.png") as caught:
+        readable(pictured(tmp_path, 20, broken=3), open_image)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_is_opened_once_however_many_questions_it_has(folder: Path) -> None:
+    opened: list[Path] = []
+    write(folder, ROWS)
+    assert readable(read_pairs(folder), opened.append) == read_pairs(folder)
+    assert [path.name for path in opened] == ["a.png", "b.png"]
+
+
+def test_pairs_that_are_all_the_same_are_refused_whatever_their_files_are_called(tmp_path: Path) -> None:
+    same = pictured(tmp_path, 3, same=True)
+    with pytest.raises(InputError, match=r"^all 3 calibration pairs are the same picture with the same prompt"):
+        readable(same, open_image)
+    other = Pair(same.pairs[0].image, "Where is it?")
+    assert len(readable(Calibration((*same.pairs, other)), open_image).pairs) == 4
+    assert len(readable(Calibration(same.pairs[:1]), open_image).pairs) == 1
+    assert len(readable(pictured(tmp_path, 3), open_image).pairs) == 3
+
+
+def test_what_is_measured_on_shares_no_picture_with_what_is_calibrated_with(tmp_path: Path) -> None:
+    scenes.write_pairs(tmp_path, 12)
+    pairs = read_pairs(tmp_path)
+    ours, held = split(pairs, 0.25, seed=3)
+    seen, measured = ({pair.image for pair in part.pairs} for part in (ours, held))
+    assert (len(seen), len(measured)) == (9, 3)
+    assert not seen & measured
+    assert sorted(map(str, {*ours.pairs, *held.pairs})) == sorted(map(str, pairs.pairs))
+    assert split(pairs, 0.25, seed=3) == (ours, held) != split(pairs, 0.25, seed=4)
+    assert len({pair.image for pair in split(pairs, 0.999)[0].pairs}) == 1
+    with pytest.raises(InputError, match=r"^1 picture cannot be split"):
+        split(Calibration(pairs.pairs[:2]), 0.5)

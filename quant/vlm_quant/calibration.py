@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from vlm_models.errors import InputError
+from vlm_models.errors import ImageError, InputError
 
 LISTS = ("calibration.jsonl", "pairs.jsonl")
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -25,6 +25,7 @@ _LAYOUTS = (
     '"answer"}, or a LLaVA .json'
 )
 _CHUNK = 1 << 20
+_UNREADABLE = 0.1  # share of the pairs that may be left out
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Pairs in the order in which they were listed, or as `sample` chose them."""
+    """Pairs in the order in which they were listed, or as `sample` chose them.
+
+    `skipped` counts those that `readable` left out.
+    """
 
     pairs: tuple[Pair, ...]
+    skipped: int = 0
 
     @cached_property
     def sha256(self) -> str:
@@ -99,7 +104,62 @@ def sample(calibration: Calibration, count: int, seed: int = 0) -> Calibration:
         start = rng.random()
         placed += [((i + start) / len(members), member) for i, member in enumerate(members)]
     chosen = sorted(member for _, member in sorted(placed)[:count])
-    return Calibration(tuple(calibration.pairs[i] for i in chosen))
+    return replace(calibration, pairs=tuple(calibration.pairs[i] for i in chosen))
+
+
+def readable(calibration: Calibration, opened: Callable[[Path], object]) -> Calibration:
+    """The pairs whose picture `opened` takes; those for which it raises ImageError are counted as skipped.
+
+    Opens every picture once, so give it a sample. Raises InputError, one line, where more than a tenth of the pairs
+    is lost, and where all are the same picture with the same prompt.
+    """
+    broken: dict[Path, str] = {}
+    for image in {pair.image: None for pair in calibration.pairs}:
+        try:
+            opened(image)
+        except ImageError as error:
+            broken[image] = str(error)
+    kept = tuple(pair for pair in calibration.pairs if pair.image not in broken)
+    skipped = len(calibration.pairs) - len(kept)
+    if skipped > _UNREADABLE * len(calibration.pairs):
+        raise InputError(
+            f"{skipped} of {len(calibration.pairs)} calibration pairs have a picture that cannot be opened, more than "
+            f"{_UNREADABLE:.0%}; the first: {next(iter(broken.values()))}"
+        )
+    if len(kept) > 1 and _all_the_same(kept):
+        raise InputError(
+            f"all {len(kept)} calibration pairs are the same picture with the same prompt ({kept[0].prompt[:60]!r}): "
+            "give pairs that differ as what the model will see"
+        )
+    return Calibration(kept, calibration.skipped + skipped)
+
+
+def split(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calibration, Calibration]:
+    """Two sets without a common picture: what is calibrated with, and `share` of the pictures to measure on.
+
+    Raises InputError for pairs of one picture alone.
+    """
+    pictures = list({pair.image: None for pair in calibration.pairs})
+    if len(pictures) < 2:
+        raise InputError(
+            f"{len(pictures)} picture cannot be split: measuring needs pictures that calibration has not seen, "
+            "give pairs of at least 2"
+        )
+    random.Random(seed).shuffle(pictures)
+    held = set(pictures[: min(max(1, round(share * len(pictures))), len(pictures) - 1)])
+    ours, theirs = (
+        replace(calibration, pairs=tuple(pair for pair in calibration.pairs if (pair.image in held) == told))
+        for told in (False, True)
+    )
+    return ours, theirs
+
+
+def _all_the_same(pairs: Sequence[Pair]) -> bool:
+    """Prompts are compared first, then the bytes of the pictures, as long as they are equal."""
+    if any((pair.prompt, pair.answer) != (pairs[0].prompt, pairs[0].answer) for pair in pairs):
+        return False
+    first, *others = {pair.image: None for pair in pairs}
+    return all(_file_hash(other) == _file_hash(first) for other in others)
 
 
 def _lines(path: Path) -> Iterator[Pair]:
