@@ -67,7 +67,7 @@ def _widen_half(matrix: NDArray[np.float16]) -> Float:
     """Exponent and fraction moved to float32's place are the number times 2^-112, for subnormals too."""
     bits = np.empty(matrix.shape, np.int32)
     wide = bits.view(np.float32)
-    for part in _blocks(*matrix.shape):
+    for part in blocks(*matrix.shape):
         block, floats = bits[part], wide[part]
         block[...] = matrix[part].view(np.int16)  # the sign fills the upper bits
         block <<= 13
@@ -82,7 +82,7 @@ def quantize_int8(matrix: NDArray[Any]) -> Int8:
     """Round each row to int8 by its largest magnitude; a row of zeros keeps the scale 1."""
     rows, columns = matrix.shape
     values, scales = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
-    for part in _blocks(rows, columns):
+    for part in blocks(rows, columns):
         block = widen(matrix[part])
         scale = np.maximum(block.max(axis=1, initial=0), -block.min(axis=1, initial=0)) / np.float32(127)
         scale[scale == 0] = 1
@@ -102,7 +102,7 @@ def quantize_int8_groups(matrix: NDArray[Any], group_size: int) -> Int8Groups:
     rows, columns = matrix.shape
     groups = -(-columns // group_size)
     values, scales = np.empty((rows, groups, group_size), np.uint8), np.empty((rows, groups), np.float32)
-    for part in _blocks(rows, columns):
+    for part in blocks(rows, columns):
         block = _grouped(matrix[part], group_size)
         scale = np.maximum(block.max(axis=2), -block.min(axis=2)) / np.float32(127)
         scale[scale == 0] = 1
@@ -124,7 +124,7 @@ def quantize_int4(matrix: NDArray[Any], group_size: int) -> Int4:
     groups = -(-columns // group_size)
     packed = np.empty((rows, groups, group_size // 2), np.uint8)
     scales, zeros = np.empty((rows, groups), np.float32), np.zeros((rows, groups + groups % 2), np.uint8)
-    for part in _blocks(rows, columns):
+    for part in blocks(rows, columns):
         # (group_size, groups): reductions and packing run along whole rows of memory.
         values = np.ascontiguousarray(_grouped(matrix[part], group_size).reshape(-1, group_size).T)
         low, high = values.min(axis=0, initial=0), values.max(axis=0, initial=0)
@@ -158,6 +158,7 @@ def _grouped(matrix: NDArray[Any], group_size: int) -> Float:
     return wide.reshape(len(wide), -1, group_size)
 
 
-def _blocks(rows: int, columns: int) -> list[slice]:
+def blocks(rows: int, columns: int) -> list[slice]:
+    """Row ranges whose float32 copies stay in a core's cache."""
     step = max(1, _BLOCK // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
