@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from vlm_export.target import Progress, find_target, silent
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.spec import VLMSpec
+from vlm_quant.recipe import PARTS
 from vlm_runtime.manifest import ITEM_BYTES
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
-    from vlm_quant.recipe import Recipe
+    from vlm_quant.recipe import Precision, Recipe
 
 DEFAULT_CONTEXT = 4096
 _EMBEDDING = "language_model.embed_tokens.weight"
@@ -109,9 +110,23 @@ def bytes_needed(model: Model, recipe: Recipe, steps: Mapping[str, Collection[st
 
 def weights(model: Model, part: str, *, embedding: bool = False) -> int:
     """How many numbers a part has; the embedding table counts where it gives the logits too, or with `embedding`."""
-    checkpoint, counted = model.checkpoint, embedding or model.spec.language.tied
-    names = [n for n in checkpoint.names() if n.split(".", 1)[0] in _PREFIXES[part]]
-    return sum(math.prod(checkpoint.shape(n)) for n in names if counted or n != _EMBEDDING)
+    return sum(_sizes(model, part, embedding).values())
+
+
+def weight_bytes(model: Model, part: str, recipe: Recipe, per_weight: Callable[[Precision], float]) -> float:
+    """Bytes of a part whose layers have their own precisions, of which `per_weight` says what one weight takes."""
+    precision: Precision = getattr(recipe, PARTS[part])
+    return sum(size * per_weight(precision.at(layer)) for layer, size in _sizes(model, part, False).items())
+
+
+def _sizes(model: Model, part: str, embedding: bool) -> dict[str, int]:
+    """Numbers of each tensor, by the name of its layer; the head's is "lm_head" where it is the embedding table too."""
+    checkpoint, tied = model.checkpoint, model.spec.language.tied
+    sizes = {}
+    for name in checkpoint.names():
+        if name.split(".", 1)[0] in _PREFIXES[part] and (embedding or tied or name != _EMBEDDING):
+            sizes["lm_head" if tied and name == _EMBEDDING else name] = math.prod(checkpoint.shape(name))
+    return sizes
 
 
 def _golden_bytes(spec: VLMSpec) -> int:

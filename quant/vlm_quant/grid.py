@@ -79,9 +79,9 @@ def pack_int4(matrix: NDArray[Any], grid: Grid) -> Int4:
     """Weights on a 4-bit grid in groups of columns; a symmetric one gets the zero point 8."""
     zeros = np.full(grid.scales.shape, 8, np.uint8) if grid.zeros is None else np.asarray(grid.zeros, np.uint8)
     shift = 8 if grid.zeros is None else 0
-    digits = _padded(integers(matrix, grid) + shift, grid.group_size, zeros[:, -1:]).astype(np.uint8)
+    digits = _padded(integers(matrix, grid) + shift, grid.group_size, zeros[:, -1:])
     even = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
-    return Int4(digits[..., ::2] | digits[..., 1::2] << 4, scales(grid), even[:, ::2] | even[:, 1::2] << 4)
+    return Int4(_nibbles(digits), scales(grid), _nibbles(even))
 
 
 def _padded(digits: NDArray[Any], group_size: int, zero: int | NDArray[np.uint8]) -> NDArray[Any]:
@@ -91,3 +91,11 @@ def _padded(digits: NDArray[Any], group_size: int, zero: int | NDArray[np.uint8]
     full[:, :columns] = digits
     full[:, columns:] = zero
     return full.reshape(rows, -1, group_size)
+
+
+def _nibbles(digits: NDArray[Any]) -> NDArray[np.uint8]:
+    """Two to a byte, the first one low."""
+    packed = digits[..., 1::2].astype(np.uint8)
+    packed <<= 4
+    packed |= digits[..., ::2].astype(np.uint8)
+    return packed

@@ -7,7 +7,7 @@ norm becomes one SkipSimplifiedLayerNormalization, three projections that go int
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from onnx import TensorProto
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_export.onnx.linear import Linears, Weight
 from vlm_export.target import Progress
-from vlm_models.checkpoint import Checkpoint
+from vlm_models.checkpoint import Checkpoint, Grid
 from vlm_models.errors import CheckpointError
 from vlm_models.language import Attention, Linear, Norm, Rows
 from vlm_models.rope import cos_sin
@@ -114,7 +114,7 @@ class OnnxLanguage:
             self.graph.input(name, FLOAT, shape)
         for name in present:
             self.graph.output(name, FLOAT, shape)
-        if (packed := _untouched(q, k, v)) is not None:
+        if (packed := _untouched(q, k, v)) is not None and self._alike(packed.group):
             qkv = [self._write(packed.x, packed.group, f"{layer}.qkv_proj"), "", ""]
         else:
             qkv = [self._read(q), self._read(k), self._read(v)]
@@ -195,7 +195,18 @@ class OnnxLanguage:
                 offset += linear.out_features
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        return Weight(name, rows, linears[0].in_features, read, bias)
+        grids = [self._grid(linear) for linear in linears]
+        return Weight(name, rows, linears[0].in_features, read, bias, linears[0].name, _joined(grids))
+
+    def _alike(self, linears: Sequence[Linear]) -> bool:
+        """Whether layers can be one matrix: of one precision, and on grids of one form."""
+        precisions = {self.linear_layers.precision.at(linear.name) for linear in linears}
+        grids = [self._grid(linear) for linear in linears]
+        return len(precisions) == 1 and (_joined(grids) is not None or grids == [None] * len(grids))
+
+    def _grid(self, linear: Linear) -> Grid | None:
+        grid = self.checkpoint.grid(linear.weight.tensor)
+        return None if grid is None else grid.rows(linear.weight.start, linear.weight.stop)
 
     def _norm_weight(self, norm: Norm) -> str:
         weight = self._floats(Rows(norm.tensor, 0, norm.size)) + np.float32(norm.offset)
@@ -221,6 +232,16 @@ class OnnxLanguage:
             for key, value in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
         ]
         return self.graph.node("Slice", [name, *bounds], f"{name}.last")
+
+
+def _joined(grids: Sequence[Grid | None]) -> Grid | None:
+    """One grid of all rows; None where one is missing or of another form."""
+    first, found = grids[0], [grid for grid in grids if grid is not None]
+    forms = {(grid.bits, grid.group_size, grid.zeros is None) for grid in found}
+    if first is None or len(found) < len(grids) or len(forms) > 1:
+        return None
+    zeros = None if first.zeros is None else np.concatenate([grid.zeros for grid in found if grid.zeros is not None])
+    return replace(first, scales=np.concatenate([grid.scales for grid in found]), zeros=zeros)
 
 
 def _untouched(*values: Value) -> Projection | None:

@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from vlm_export.onnx.graph import MICROSOFT, Graph
+from vlm_export.rules import kept
+from vlm_models.checkpoint import Grid
 from vlm_models.errors import RecipeError
 from vlm_quant.affine import quantize_int4, quantize_int8, quantize_int8_groups, widen
+from vlm_quant.grid import pack_int4, pack_int8, pack_int8_groups, regrouped
 from vlm_quant.recipe import Precision
 
 CHUNK = 2048  # rows read, converted and written by one thread at a time
@@ -26,25 +29,37 @@ _FP16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight matrix (rows, columns) = (out_features, in_features) that is read in row ranges when it is written."""
+    """A weight matrix (rows, columns) = (out_features, in_features) that is read in row ranges when it is written.
+
+    `layer` is the name that rules go by, by default `name`; `grid` the values on which it has been put already.
+    """
 
     name: str
     rows: int
     columns: int
     read: Callable[[int, int], NDArray[Any]]
     bias: NDArray[np.float32] | None = None
+    layer: str = ""
+    grid: Grid | None = None
 
 
 @dataclass
 class Tally:
-    """What became of the weights of one part: linear layers by precision, and those kept at another one and why."""
+    """What became of the weights of one part: linear layers by precision, and those kept at another one and why.
+
+    `grids` counts the layers whose integers are a quantizer's, `rounded_again` names those whose grid has no such form.
+    """
 
     linears: Counter[str] = field(default_factory=Counter)
     kept: dict[str, str] = field(default_factory=dict)
+    grids: int = 0
+    rounded_again: list[str] = field(default_factory=list)
 
     def details(self) -> dict[str, Any]:
         """Plain values for `Part.details`."""
         details: dict[str, Any] = {"linears": dict(self.linears), "kept": dict(self.kept)}
+        if self.grids or self.rounded_again:
+            details |= {"grids": self.grids, "rounded_again": list(self.rounded_again)}
         return {**details, "note": SATURATION} if "int8" in self.linears else details
 
 
@@ -54,13 +69,16 @@ class Linears:
     def __init__(self, graph: Graph, precision: Precision) -> None:
         self.graph, self.precision = graph, precision
         self.tally = Tally()
+        self.layers: list[str] = []
         self._rounded: dict[str, tuple[str, str]] = {}
         self._widened: set[str] = set()
 
     def emit(self, x: str, weight: Weight, output: str) -> str:
         """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold."""
-        precision = self.precision
+        precision = self.precision.at(self._named(weight))
         self.tally.linears[str(precision)] += 1
+        if reason := kept(self.precision, precision):
+            self.tally.kept[weight.name] = reason
         if precision.weights == "int4":
             return self._int4(x, weight, output, precision.group_size)
         if precision.weights == "int8":
@@ -103,8 +121,10 @@ class Linears:
         values = self.graph.reserve(f"{weight.name}.weight", (weight.columns, weight.rows), np.int8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows,), np.float32)
 
+        grid = self._grid(weight, 8, weight.columns, symmetric=True)
+
         def write(start: int, rows: NDArray[Any]) -> None:
-            quantized = quantize_int8(rows)
+            quantized = quantize_int8(rows) if grid is None else pack_int8(rows, grid.rows(start, start + len(rows)))
             values.write_columns(start, quantized.values.T)
             scales.write(start, quantized.scales)
 
@@ -130,16 +150,27 @@ class Linears:
         return self._rounded[x]
 
     def emit_head(self, x: str, weight: Weight, output: str) -> str:
-        """The layer that gives the logits: 8 bits in groups for int8 and int4 parts, since its errors count most."""
-        if self.precision.weights in ("fp32", "fp16"):
+        """The layer that gives the logits: 8 bits in groups for int8 and int4 parts, since its errors count most.
+
+        A rule for it gives it another precision, of which int8 is in groups all the same.
+        """
+        rule = self.precision.rule(self._named(weight))
+        if (rule or self.precision).weights not in ("int8", "int4") or (rule is not None and rule.weights == "int4"):
             return self.emit(x, weight, output)
         self.tally.linears[f"int8:g{HEAD_GROUP}"] += 1
+        if rule is None and self.precision.weights == "int4":
+            self.tally.kept[weight.name] = f"int8:g{HEAD_GROUP}: its errors count most; a rule for it makes it smaller"
         groups = -(-weight.columns // HEAD_GROUP)
         values = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, HEAD_GROUP), np.uint8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
 
+        grid = self._grid(weight, 8, HEAD_GROUP, symmetric=True)
+
         def write(start: int, rows: NDArray[Any]) -> None:
-            quantized = quantize_int8_groups(rows, HEAD_GROUP)
+            if grid is None:
+                quantized = quantize_int8_groups(rows, HEAD_GROUP)
+            else:
+                quantized = pack_int8_groups(rows, grid.rows(start, start + len(rows)))
             values.write(start, quantized.values)
             scales.write(start, quantized.scales)
 
@@ -152,8 +183,13 @@ class Linears:
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
         zeros = self.graph.reserve(f"{weight.name}.zero", (weight.rows, (groups + 1) // 2), np.uint8)
 
+        grid = self._grid(weight, 4, group)
+
         def write(start: int, rows: NDArray[Any]) -> None:
-            quantized = quantize_int4(rows, group)
+            if grid is None:
+                quantized = quantize_int4(rows, group)
+            else:
+                quantized = pack_int4(rows, grid.rows(start, start + len(rows)))
             packed.write(start, quantized.packed)
             scales.write(start, quantized.scales)
             zeros.write(start, quantized.zero_points)
@@ -174,6 +210,23 @@ class Linears:
             block_size=group,
             accuracy_level=4,
         )
+
+    def _named(self, weight: Weight) -> str:
+        """What rules call the layer; `layers` are all that were asked for."""
+        self.layers.append(weight.layer or weight.name)
+        return self.layers[-1]
+
+    def _grid(self, weight: Weight, bits: int, group: int, *, symmetric: bool = False) -> Grid | None:
+        """The weight's own grid in groups of `group` columns; None where it has none of this form."""
+        if weight.grid is None:
+            return None
+        fits = weight.grid.bits == bits and not (symmetric and weight.grid.zeros is not None)
+        found = regrouped(weight.grid, group, weight.columns) if fits else None
+        if found is None:
+            self.tally.rounded_again.append(weight.name)
+        else:
+            self.tally.grids += 1
+        return found
 
     def _bias(self, weight: Weight) -> str:
         return "" if weight.bias is None else self.graph.tensor(f"{weight.name}.bias", weight.bias)

@@ -12,15 +12,15 @@ from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.language import Edge, OnnxLanguage
 from vlm_export.onnx.linear import Linears
 from vlm_export.onnx.trace import trace
-from vlm_export.preflight import weights
+from vlm_export.preflight import weight_bytes
+from vlm_export.rules import check_rules, language_layers
 from vlm_export.target import Job, Progress
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language import walk
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
-from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Precision, Recipe, refuse_formats, refuse_rules
+from vlm_quant.recipe import Precision, Recipe, refuse_formats
 from vlm_runtime.manifest import PARTS, Part
 
 if TYPE_CHECKING:
@@ -32,15 +32,16 @@ RUN_BY = (ENGINE,)
 
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
-    """Every part takes every precision; GroupQueryAttention takes heads and rotations of multiples of 16 channels.
+    """Every layer takes every precision; GroupQueryAttention takes heads and rotations of multiples of 16 channels.
 
-    Raises CheckpointError for a language model of other sizes, RecipeError for types of other targets.
+    Raises CheckpointError for a language model of other sizes, RecipeError for types of other targets and for rules
+    that fit none of its layers.
     """
     refuse_formats(recipe, parts, "onnx")
-    refuse_rules(recipe, parts, "onnx")
     if "language_model" not in parts:
         return
     language = spec.language
+    check_rules(recipe.language, language_layers(language), "language_model")
     ropes = [rope.dim for rope in (language.rope, language.rope_local) if rope is not None]
     for what, size in (("its head_dim is", language.head_dim), *(("its rotated channels are", dim) for dim in ropes)):
         if size % 16:
@@ -49,7 +50,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
 
 def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
     """The weights at their precisions; the graphs themselves are small."""
-    return sum(weights(model, part) * _bytes_per_weight(getattr(recipe, RECIPE_PARTS[part])) for part in parts)
+    return sum(weight_bytes(model, part, recipe, _bytes_per_weight) for part in parts)
 
 
 def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def build(job: Job) -> dict[str, Part]:
         with Graph(folder / f"{part}.onnx", part) as graph:
             linears = Linears(graph, precision)
             trace(load(), shape, graph, linears, names)
+            check_rules(precision, linears.layers, part)
             parts[part] = _save(graph, spec, part, precision, linears.tally.details())
         progress(part, 1, 1)
     return parts

@@ -1,0 +1,38 @@
+"""Rules for single layers: each must fit a layer, and what a part keeps coarser or finer than asked is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from vlm_models.errors import RecipeError
+from vlm_models.spec import LanguageSpec
+from vlm_quant.recipe import PARTS, Precision
+
+HEAD = "lm_head"
+_PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def language_layers(spec: LanguageSpec) -> list[str]:
+    """Names of the linear layers as `vlm_models.language.walk` gives them."""
+    return [f"layers.{layer}.{name}" for layer in range(spec.layers) for name in _PROJECTIONS] + [HEAD]
+
+
+def check_rules(precision: Precision, layers: Collection[str], part: str) -> None:
+    """Raise RecipeError where a rule of `part` ("language_model", …) fits none of its linear layers."""
+    for pattern, other in precision.rules:
+        alone = Precision("fp32", rules=((pattern, other),))
+        if not any(alone.rule(layer) for layer in layers):
+            examples = [*layers][-2:]
+            raise RecipeError(
+                f"rule {pattern}={other} fits no linear layer of the {PARTS[part]} part: "
+                f"its layers are named as in {' and '.join(examples) or 'no model, since it has none'}"
+            )
+
+
+def kept(asked: Precision, layer: Precision) -> str:
+    """Why a layer of a part of integers stays in floats by a rule; empty where it does not."""
+    whole = asked.weights in ("int8", "int4", "int3", "int2")
+    return f"{layer}: asked for by a rule" if whole and layer.weights in ("fp32", "fp16") else ""
