@@ -82,7 +82,7 @@ def export(
     preflight.finite(model.checkpoint, progress)
 
     with write.draft(output) as folder:
-        manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
+        manifest = _with_base(base, output, folder) if base else _with_shared(model, context, recipe, folder, progress)
         job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, coreml_kv, coreml_layout, progress)
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
         for name, one in jobs.items():
@@ -106,6 +106,9 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
     Raises InputError where the bundle holds a part at another precision than is asked for now.
     """
     steps: dict[str, list[str]] = {}
+    if base and (base.embedding.dtype == "I8") != (recipe.embedding is not None):
+        table = "embedding=int8" if base.embedding.dtype == "I8" else f"{base.embedding.dtype}, without embedding=int8"
+        raise InputError(f"the bundle holds the embedding table at {table}: ask for the same, or choose another -o")
     for name, target in chosen.items():
         for part, engine in target.ENGINES.items():
             builder = name if engine in target.RUN_BY else engine
@@ -159,7 +162,7 @@ def _golden_prompt(model: Model, context: int, tokens: int) -> str:
     return prompt
 
 
-def _with_shared(model: Model, context: int, folder: Path, progress: Progress) -> Manifest:
+def _with_shared(model: Model, context: int, recipe: Recipe, folder: Path, progress: Progress) -> Manifest:
     """A manifest of no target yet, with the files that all targets share."""
     return Manifest(
         format="vlm-bundle",
@@ -167,7 +170,9 @@ def _with_shared(model: Model, context: int, folder: Path, progress: Progress) -
         created=_now(),
         spec=model.spec,
         max_context=context,
-        embedding=shared.write_embedding(model.checkpoint, model.spec, folder, progress),
+        embedding=shared.write_embedding(
+            model.checkpoint, model.spec, folder, progress, int8=recipe.embedding is not None
+        ),
         tokenizer=shared.write_tokenizer(model.checkpoint, folder),
         files={},
         parts={},

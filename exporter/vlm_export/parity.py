@@ -37,8 +37,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "pixel_values": (),
     "image_features": ("vision",),
     "image_embeds": ("vision", "projector"),
-    "inputs_embeds": ("vision", "projector"),
-    "logits": ("vision", "projector", "language"),
+    "inputs_embeds": ("vision", "projector", "embedding"),
+    "logits": ("vision", "projector", "embedding", "language"),
 }
 PIXELS: Limits = {"max_abs": 1e-5}
 ROWS: Mapping[Weights, Limits] = {
@@ -168,8 +168,13 @@ def missed(stage: Mapping[str, Any]) -> list[str]:
 
 
 def coarsest(recipe: Recipe, parts: Sequence[str]) -> Weights:
-    """The coarsest precision of some parts; fp32 of none."""
-    return max((getattr(recipe, part).weights for part in parts), key=COARSER.index, default="fp32")
+    """The coarsest precision of some parts and their layers; fp32 of none."""
+    return max((w for part in parts for w in _weights(getattr(recipe, part))), key=COARSER.index, default="fp32")
+
+
+def _weights(precision: Precision | None) -> list[Weights]:
+    """Of the part and its rules; none for what stays as the checkpoint stores it."""
+    return [] if precision is None else [precision.weights, *(rule.weights for _, rule in precision.rules)]
 
 
 def failure(parity: Mapping[str, Any], recipe: Recipe) -> str | None:
@@ -189,14 +194,18 @@ def _advice(recipe: Recipe, parts: Sequence[str]) -> str:
     if not parts:
         return ": this is a fault of vlm-export's preprocessing; please report it with the checkpoint's name"
     worst = coarsest(recipe, parts)
-    part = next(p for p in reversed(parts) if getattr(recipe, p).weights == worst)
+    part = next(p for p in reversed(parts) if worst in _weights(getattr(recipe, p)))
     precision: Precision = getattr(recipe, part)
     if worst == "fp32":
         return " at fp32: this is a fault of vlm-export; please report it with the checkpoint's name"
-    if worst == "int4" and precision.group_size > 32:
-        finer = Precision("int4", 32)
+    rules = tuple(rule for rule in precision.rules if rule[1].weights != worst)
+    finer: Any
+    if precision.weights != worst:
+        finer = dataclasses.replace(precision, rules=rules)
+    elif worst == "int4" and precision.group_size > 32:
+        finer = dataclasses.replace(precision, group_size=32)
     else:
-        finer = Precision(COARSER[COARSER.index(worst) - 1])
+        finer = None if part == "embedding" else Precision(COARSER[COARSER.index(worst) - 1], rules=rules)
     return f" at {part}={precision}; try --precision {dataclasses.replace(recipe, **{part: finer})}"
 
 

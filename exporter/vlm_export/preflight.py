@@ -18,7 +18,7 @@ from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.spec import VLMSpec
 from vlm_quant.recipe import PARTS
-from vlm_runtime.manifest import ITEM_BYTES
+from vlm_runtime.manifest import ITEM_BYTES, SCALE_BYTES
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
@@ -104,7 +104,8 @@ def bytes_needed(model: Model, recipe: Recipe, steps: Mapping[str, Collection[st
     """Bytes that an export will write: the parts that each target builds, and the shared files unless `shared`."""
     checkpoint, language = model.checkpoint, model.spec.language
     parts = sum(find_target(name).bytes_needed(model, recipe, built) for name, built in steps.items())
-    table = language.vocab_size * language.hidden_size * ITEM_BYTES[checkpoint.dtype(_EMBEDDING)]
+    stored = checkpoint.dtype(_EMBEDDING) if recipe.embedding is None else "I8"
+    table = language.vocab_size * (language.hidden_size * ITEM_BYTES[stored] + SCALE_BYTES)
     return math.ceil(_MARGIN * (parts + (0 if shared else table + _golden_bytes(model.spec))))
 
 

@@ -11,25 +11,39 @@ from vlm_export.target import Progress
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.processor import tokenizer_json
 from vlm_models.spec import VLMSpec
+from vlm_quant.affine import quantize_int8
 from vlm_runtime.manifest import Table
 
 EMBEDDING = "embedding.bin"
+SCALES = "embedding.scales.bin"
 TOKENIZER = "tokenizer.json"
 _TENSOR = "language_model.embed_tokens.weight"
 _BLOCK = 64 << 20  # bytes written at a time
 
 
-def write_embedding(checkpoint: Checkpoint, spec: VLMSpec, folder: Path, progress: Progress) -> Table:
-    """embedding.bin: the table's rows as they are in the checkpoint, in its own dtype, little-endian, no header."""
+def write_embedding(
+    checkpoint: Checkpoint, spec: VLMSpec, folder: Path, progress: Progress, *, int8: bool = False
+) -> Table:
+    """embedding.bin: the table's rows as they are in the checkpoint, in its own dtype, little-endian, no header.
+
+    With `int8` each row is rounded to integers by its largest magnitude, and embedding.scales.bin has the rows' scales.
+    """
     rows, columns = spec.language.vocab_size, spec.language.hidden_size
-    step = max(1, _BLOCK // (columns * 4))
+    step, scales = max(1, _BLOCK // (columns * 4)), np.empty(rows, "<f4")
     with (folder / EMBEDDING).open("wb") as file:
         for start in range(0, rows, step):
-            block = np.ascontiguousarray(checkpoint.rows(_TENSOR, start, min(start + step, rows)))
+            stop = min(start + step, rows)
+            block = np.ascontiguousarray(checkpoint.rows(_TENSOR, start, stop))
+            if int8:
+                quantized = quantize_int8(block)
+                block, scales[start:stop] = quantized.values, quantized.scales
             file.write(block.view(np.uint8).data)
-            progress("embedding", min(start + step, rows), rows)
+            progress("embedding", stop, rows)
     checkpoint.release(_TENSOR)
-    return Table(EMBEDDING, cast(Any, checkpoint.dtype(_TENSOR)), rows, columns)
+    if not int8:
+        return Table(EMBEDDING, cast(Any, checkpoint.dtype(_TENSOR)), rows, columns)
+    (folder / SCALES).write_bytes(scales.tobytes())
+    return Table(EMBEDDING, "I8", rows, columns, SCALES)
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str:

@@ -25,6 +25,7 @@ PARTS = {
     "projector": "projector",
     "language": "language",
     "language_model": "language",
+    "embedding": "embedding",
 }
 
 
@@ -60,14 +61,19 @@ class Precision:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The precision of each of the three parts; `str` gives the text that `parse_recipe` reads."""
+    """The precision of each of the three parts; `str` gives the text that `parse_recipe` reads.
+
+    `embedding` is that of the table of input embeddings, None for rows as the checkpoint stores them.
+    """
 
     vision: Precision
     projector: Precision
     language: Precision
+    embedding: Precision | None = None
 
     def __str__(self) -> str:
-        return f"vision={self.vision},projector={self.projector},language={self.language}"
+        table = "" if self.embedding is None else f",embedding={self.embedding}"
+        return f"vision={self.vision},projector={self.projector},language={self.language}{table}"
 
 
 PRESETS = {
@@ -82,7 +88,8 @@ def parse_recipe(text: str) -> Recipe:
     """A Recipe from a preset ("int4") or a list ("language=int4:g128,vision=int8", "language=q4_k_m").
 
     A type alone ("q4_k_m") is the language model's; parts left out take fp16. Layers of a part follow it after ";":
-    "language=int4;lm_head=fp16;layers.0-1=int8;down_proj=int8", where the last that fits holds.
+    "language=int4;lm_head=fp16;layers.0-1=int8;down_proj=int8", where the last that fits holds. "embedding=int8" rounds
+    the table of input embeddings, which stays as it is otherwise.
     Raises RecipeError naming what was given and what is allowed.
     """
     if text.strip() in PRESETS:
@@ -98,12 +105,19 @@ def parse_recipe(text: str) -> Recipe:
                 "or name parts as in 'language=int4:g32,vision=int8' or 'language=q4_k_m'"
             )
         if name not in PARTS:
-            raise RecipeError(f"unknown part {name!r} in precision {text!r}: choose of vision, projector, language")
+            raise RecipeError(
+                f"unknown part {name!r} in precision {text!r}: choose of vision, projector, language, embedding"
+            )
         if PARTS[name] in parts:
             raise RecipeError(f"part {name!r} stands twice in precision {text!r}")
         parts[PARTS[name]] = _with_rules(value, text)
-    rest = Precision("fp16")
-    return Recipe(parts.get("vision", rest), parts.get("projector", rest), parts.get("language", rest))
+    rest, table = Precision("fp16"), parts.get("embedding")
+    if table not in (None, Precision("int8")):
+        raise RecipeError(
+            f"embedding={table} in precision {text!r} cannot be: give embedding=int8, or leave it out to keep the rows "
+            "as the checkpoint stores them"
+        )
+    return Recipe(parts.get("vision", rest), parts.get("projector", rest), parts.get("language", rest), table)
 
 
 def _with_rules(value: str, text: str) -> Precision:

@@ -11,29 +11,35 @@ from numpy.typing import NDArray
 from vlm_models.errors import BundleError, PromptError
 from vlm_runtime.bundle import Bundle
 
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+}
 
 
 class EmbeddingTable:
     """V rows of H numbers; only the pages of rows that are looked up are read from the disk.
 
-    Rows come out in float32, multiplied by the language model's `embed_multiplier` in float32 as transformers does.
+    Rows come out in float32, integers times their row's scale, and multiplied by the language model's
+    `embed_multiplier` in float32 as transformers does.
     `image_token_id` is the id whose rows are pictures and are spliced in.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         """Map the table of `bundle`. Raises BundleError when the file does not hold rows × columns numbers."""
         table = bundle.manifest.embedding
-        path, dtype = bundle.path(table.file), _STORED[table.dtype]
-        try:
-            flat: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
-        except (OSError, ValueError) as error:
-            raise BundleError(f"cannot map {path}: {error}") from None
+        flat = _mapped(bundle, table.file, table.dtype)
         if flat.size != table.rows * table.columns:
+            path = bundle.path(table.file)
             raise BundleError(f"{path} does not hold {table.rows} × {table.columns} numbers of {table.dtype}")
+        self._scales = None if table.scales is None else _mapped(bundle, table.scales, "F32")
+        if self._scales is not None and self._scales.size != table.rows:
+            raise BundleError(f"{bundle.path(str(table.scales))} does not hold {table.rows} scales")
         self.rows_count, self.columns = table.rows, table.columns
         self.image_token_id = bundle.spec.prompt.image_token_id
-        self._table = np.asarray(flat).reshape(table.rows, table.columns)
+        self._table = flat.reshape(table.rows, table.columns)
         self._bf16 = table.dtype == "BF16"
         multiplier = np.float32(bundle.spec.language.embed_multiplier)
         self._multiplier = None if multiplier == 1 else multiplier
@@ -49,6 +55,8 @@ class EmbeddingTable:
             out = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         else:
             out = stored.astype(np.float32, copy=False)
+            if self._scales is not None:
+                out *= self._scales[index, None]
         if self._multiplier is not None:
             out *= self._multiplier
         return out
@@ -61,6 +69,8 @@ class EmbeddingTable:
             bits = out.view(np.uint32)
             bits[...] = self._table[token_id]
             np.left_shift(bits, 16, out=bits)
+        elif self._scales is not None:
+            np.multiply(self._table[token_id], self._scales[token_id], out=out)
         else:
             out[...] = self._table[token_id]
         if self._multiplier is not None:
@@ -71,3 +81,11 @@ class EmbeddingTable:
             f"token id {token_id} is outside the embedding table of {self.rows_count} rows: "
             "tokenizer and language model do not belong together"
         )
+
+
+def _mapped(bundle: Bundle, file: str, dtype: str) -> NDArray[Any]:
+    path = bundle.path(file)
+    try:
+        return np.asarray(np.memmap(path, dtype=_STORED[dtype], mode="r"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot map {path}: {error}") from None

@@ -18,7 +18,8 @@ from vlm_models.spec import VLMSpec
 
 NAME = "manifest.json"
 PARTS = ("vision_encoder", "projector", "language_model")
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
+SCALE_BYTES = 4
 _MAX_BYTES = 64 << 20
 # fmt: off
 _POSITIVE = frozenset((
@@ -48,12 +49,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """The embedding table: `rows` × `columns` numbers of `dtype`, row after row, little-endian, no header."""
+    """The embedding table: `rows` × `columns` numbers of `dtype`, row after row, little-endian, no header.
+
+    Integers ("I8") are multiplied by the scale of their row: `scales` is a file of `rows` float32 numbers.
+    """
 
     file: str
-    dtype: Literal["F32", "F16", "BF16"]
+    dtype: Literal["F32", "F16", "BF16", "I8"]
     rows: int
     columns: int
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
         raise BundleError(f"cannot write {NAME}: {_short(problem)}")
     data = to_plain(manifest)
     data["parity"] = _finite(data["parity"])
+    if data["embedding"]["scales"] is None:  # runtimes that know no integers read the others all the same
+        del data["embedding"]["scales"]
     path = Path(folder) / NAME
     partial = path.with_name(f".{NAME}.partial")
     with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -175,6 +182,8 @@ def _not_finite(text: str) -> float:
 
 def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "embedding", manifest.embedding.file
+    if manifest.embedding.scales is not None:
+        yield "embedding", manifest.embedding.scales
     yield "tokenizer", manifest.tokenizer
     if manifest.golden is not None:
         yield "golden", manifest.golden
@@ -202,6 +211,11 @@ def _table_problems(manifest: Manifest) -> Iterator[str]:
             f"the embedding table is {table.rows} × {table.columns}, "
             f"the language model needs {language.vocab_size} × {language.hidden_size}"
         )
+    if (table.dtype == "I8") != (table.scales is not None):
+        yield f"the embedding table of {table.dtype} has {'no' if table.scales is None else 'a'} file of scales"
+    scales = manifest.files.get(table.scales or "")
+    if scales is not None and scales.bytes != table.rows * SCALE_BYTES:
+        yield f"{table.scales} has {scales.bytes} bytes, but {table.rows} scales are {table.rows * SCALE_BYTES} bytes"
     entry, size = manifest.files.get(table.file), table.rows * table.columns * ITEM_BYTES[table.dtype]
     if entry is not None and entry.bytes != size:
         yield (
