@@ -41,10 +41,14 @@ _FLOOR = 1e-6  # of the mean: a channel that was never used still must not round
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: embeddings (S, H), and the first of its rows whose logits are read: they predict the answer."""
+    """One sequence: embeddings (S, H), and the first of its rows whose logits are read: they predict the answer.
+
+    `ids` are its tokens, image tokens repeated.
+    """
 
     embeds: Tensor
     first_read: int
+    ids: tuple[int, ...] = ()
 
 
 def importance(
@@ -74,7 +78,7 @@ def examples(
         before = len(expand(said[:same], model.spec.prompt, said[:same].count(model.spec.prompt.image_token_id)))
         embeds = spliced(model, ids, rows) if pictures else looked_up(model, ids)
         limit = min(model.spec.language.max_positions, model.spec.prompt.image_tokens + MAX_TEXT)
-        made.append(Example(embeds[:limit], min(before, limit, len(ids)) - 1))
+        made.append(Example(embeds[:limit], min(before, limit, len(ids)) - 1, tuple(ids[:limit])))
         progress("calibration", i + 1, len(shown))
     return made
 

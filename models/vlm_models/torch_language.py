@@ -63,18 +63,25 @@ class TorchLanguage:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         rows, start, a = q.shape[0], self.position, attention
         cos, sin = (t[start : start + rows] for t in self._rope(a.rope, start + rows))
-        queries = _rotate(q.view(rows, a.heads, a.head_dim).transpose(0, 1), cos, sin)
-        keys = _rotate(k.view(rows, a.kv_heads, a.head_dim).transpose(0, 1), cos, sin)
+        queries = rotate(q.view(rows, a.heads, a.head_dim).transpose(0, 1), cos, sin)
+        keys = rotate(k.view(rows, a.kv_heads, a.head_dim).transpose(0, 1), cos, sin)
         values = v.view(rows, a.kv_heads, a.head_dim).transpose(0, 1)
         if a.layer in self._cache:
             old_keys, old_values = self._cache[a.layer]
             keys, values = torch.cat([old_keys, keys], 1), torch.cat([old_values, values], 1)
         self._cache[a.layer] = keys, values
-        repeat = a.heads // a.kv_heads
+        distance = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)[None]
+        return self.attend(queries, keys, values, distance, a)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, distance: Tensor, attention: Attention) -> Tensor:
+        """Rotated queries (heads, S, head_dim) to keys and values (kv_heads, T, head_dim) not behind them.
+
+        `distance` (S, T) says how many positions a key lies before the query.
+        """
+        a, repeat = attention, attention.heads // attention.kv_heads
         scores = queries @ keys.repeat_interleave(repeat, 0).transpose(1, 2) * a.scale
         if a.softcap:
             scores = self.softcap(scores, a.softcap)
-        distance = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)[None]
         seen = (distance >= 0) & (distance < a.window) if a.window else distance >= 0
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return (weights @ values.repeat_interleave(repeat, 0)).transpose(0, 1).flatten(1)
@@ -131,7 +138,7 @@ def as_float32(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | No
     return torch.from_numpy(array.astype("float32"))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotation of the first 2 · cos.shape[-1] channels of x (heads, S, head_dim)."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
