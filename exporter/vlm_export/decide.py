@@ -6,16 +6,21 @@ scratch folder, each with the grid its values stand on.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_export.importance import Example, examples
+from vlm_export.overlay import Overlay
+from vlm_export.rounding import Rounding, form_of
+from vlm_export.streaming import stream
 from vlm_export.target import Progress, silent
 from vlm_models.errors import InputError
 from vlm_models.model import Model
-from vlm_quant.calibration import Calibration
+from vlm_quant.calibration import Calibration, sample
 from vlm_quant.recipe import Recipe
 
 ALGORITHMS = ("auto", "rtn", "awq", "gptq", "awq+gptq", "smoothquant")
@@ -53,4 +58,54 @@ def decide(
     if algorithm not in ALGORITHMS:
         raise InputError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
     began = time.perf_counter()
-    return Decided(model, {"algorithm": "rtn", "seconds": round(time.perf_counter() - began, 1)})
+    name = chosen(algorithm, recipe, calibration)
+    if name == "rtn":
+        return Decided(model, {"algorithm": "rtn"})
+    if calibration is None:
+        raise InputError(f"algorithm {name!r} needs image-text pairs: give --calibration, or --algorithm rtn")
+    drawn = sample(calibration, samples, seed)
+    shown = examples(model, drawn, progress=progress)
+    changed, layers = decide_on(model, recipe, shown, name, symmetric=symmetric, folder=folder, progress=progress)
+    record = {
+        "algorithm": name,
+        "samples": len(drawn.pairs),
+        "of": len(calibration.pairs),
+        "rows": sum(len(example.embeds) for example in shown),
+        "seed": seed,
+        "sha256": drawn.sha256,
+        "layers": layers,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return Decided(changed, record)
+
+
+def chosen(algorithm: str, recipe: Recipe, calibration: Calibration | None) -> str:
+    """What "auto" stands for."""
+    if algorithm != "auto":
+        return algorithm
+    return "rtn"
+
+
+def decide_on(
+    model: Model,
+    recipe: Recipe,
+    sequences: Sequence[Example],
+    algorithm: str,
+    *,
+    symmetric: bool,
+    folder: Path,
+    progress: Progress = silent,
+) -> tuple[Model, dict[str, dict[str, Any]]]:
+    """The model with weights decided on these sequences, and numbers by layer."""
+    spec, overlay = model.spec.language, Overlay(model.checkpoint, folder)
+    rounding = Rounding(
+        overlay,
+        spec,
+        lambda linear: form_of(recipe.language.at(linear.name), linear.in_features, symmetric=symmetric),
+        frozenset(algorithm.split("+")),
+        len(sequences),
+    )
+    done, of = itertools.count(1), (spec.layers + 1) * len(sequences)
+    states = [example.embeds for example in sequences]
+    stream(overlay.checkpoint, spec, states, rounding.inputs, lambda: progress(algorithm, next(done), of))
+    return Model(overlay.checkpoint, model.spec), rounding.record

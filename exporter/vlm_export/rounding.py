@@ -1,0 +1,210 @@
+"""Scales and integers decided layer by layer, each on inputs that the layers before it, already rounded, give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlm_export.overlay import Float, Overlay
+from vlm_export.streaming import Rows
+from vlm_models.checkpoint import Grid
+from vlm_models.errors import CheckpointError
+from vlm_models.language import Linear
+from vlm_models.language import Rows as Range
+from vlm_models.spec import LanguageSpec
+from vlm_quant.awq import Scaling, search_scales
+from vlm_quant.gptq import quantize_gptq
+from vlm_quant.grouped import Form, Grouped, dequantize_grouped
+from vlm_quant.recipe import Precision
+from vlm_quant.smoothquant import search_smoothing
+
+_KEPT = 1 << 30  # bytes of a layer's inputs that are kept rather than computed twice
+_SAMPLED = 512  # rows on which smoothing is tried
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What some linear layers are given: sum of xᵀx, mean and largest |x|, some rows; and x itself, to go on with."""
+
+    hessian: NDArray[np.float64]
+    magnitude: Float
+    largest: Float
+    sampled: Float
+    rows: Rows
+
+
+def see(x: Rows, count: int, columns: int) -> Seen:
+    """All inputs of `count` sequences, one after the other."""
+    hessian, total = torch.zeros(columns, columns, dtype=torch.float64), 0
+    magnitude, largest = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns)
+    sampled: list[Tensor] = []
+    kept: list[Tensor] = []
+    for i in range(count):
+        rows = x(i)
+        hessian += rows.T @ rows
+        magnitude += rows.abs().sum(0)
+        largest = torch.maximum(largest, rows.abs().amax(0))
+        sampled.append(rows[:: max(1, -(-len(rows) * count // _SAMPLED))])
+        total += len(rows)
+        if kept is not None and total * columns * 4 <= _KEPT:
+            kept.append(rows)
+    mean = (magnitude / total).float().numpy()
+    go_on = Rows(kept.__getitem__) if len(kept) == count else x
+    return Seen(hessian.numpy(), mean, largest.numpy(), torch.cat(sampled).numpy(), go_on)
+
+
+class Rounding:
+    """Decides the linear layers of a walk as they come; `inputs` is what `stream` calls.
+
+    `steps` are of "awq", "gptq" (int4 and int8 layers) and "smoothquant" (int8 layers). `record` holds numbers by
+    layer: the squared output error that is left, of 1 for outputs all zero, and of AWQ's scales the power.
+    """
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        spec: LanguageSpec,
+        form: Callable[[Linear], Form | None],
+        steps: frozenset[str],
+        count: int,
+    ) -> None:
+        self._overlay, self._spec, self._form, self._steps, self._count = overlay, spec, form, steps, count
+        self._before: dict[str, Linear] = {}  # of this layer: v and up, whose rows can be scaled
+        self.record: dict[str, dict[str, Any]] = {}
+
+    def inputs(self, x: Rows, linears: Sequence[Linear]) -> Rows:
+        """Decide `linears`; gives the x that they are to read."""
+        first = linears[0].name
+        if first == "lm_head" or first.endswith(("q_proj", "qkv_proj")):
+            self._overlay.flush()
+            self._before.clear()
+        self._before.update({linear.name.rsplit(".", 1)[1]: linear for linear in linears})
+        forms = [None if first == "lm_head" else self._form(linear) for linear in linears]
+        if not any(forms):
+            return x
+        seen = see(x, self._count, linears[0].in_features)
+        if not np.isfinite(seen.hessian).all():
+            folder = self._overlay.checkpoint.folder
+            raise CheckpointError(f"{folder}: calibration gives {first!r} inputs beyond float32: a damaged weight?")
+        matrices = [self._overlay.floats(linear.weight) for linear in linears]
+        scales = self._scales(linears, forms, matrices, seen)
+        rows = seen.rows
+        if scales is not None:
+            seen, rows = _divided(seen, scales), _over(seen.rows, scales)
+            matrices = [matrix * scales for matrix in matrices]
+        self._round(linears, forms, matrices, seen, scaled=scales is not None)
+        return rows
+
+    def _scales(
+        self, linears: Sequence[Linear], forms: Sequence[Form | None], matrices: Sequence[Float], seen: Seen
+    ) -> Float | None:
+        """What x is divided by (in_features,), the layer before it already divided; None where nothing is better."""
+        fours = [(m, f) for m, f in zip(matrices, forms, strict=True) if f is not None and f.bits == 4]
+        eights = [m for m, f in zip(matrices, forms, strict=True) if f is not None and f.bits == 8]
+        source = self._source(linears[0])
+        scaling: Scaling | None = None
+        if fours and "awq" in self._steps:
+            scaling = search_scales(fours, seen.hessian, seen.magnitude, source)
+        elif eights and not fours and "smoothquant" in self._steps:
+            scaling = search_smoothing(eights, seen.sampled, seen.largest, source)
+        if scaling is None or scaling.power == 0:
+            return None
+        for linear in linears:
+            self.record.setdefault(linear.name, {})["power"] = round(scaling.power, 3)
+        self._divide(linears[0], scaling.scales)
+        return scaling.scales[source]
+
+    def _source(self, linear: Linear) -> NDArray[np.int64]:
+        """For each column, the channel of the norm or layer before that it comes from: heads share those of v."""
+        columns = np.arange(linear.in_features)
+        if not linear.name.endswith(".o_proj"):
+            return columns
+        size, repeat = self._spec.head_dim, self._spec.heads // self._spec.kv_heads
+        return columns // size // repeat * size + columns % size
+
+    def _divide(self, linear: Linear, scales: Float) -> None:
+        """Divide what `linear` reads, where it is made: by a norm's weight, or the rows of v or up."""
+        block, name = linear.name.rsplit(".", 1)
+        if name in ("o_proj", "down_proj"):
+            before = self._before["v_proj" if name == "o_proj" else "up_proj"]
+            for rows in (before.weight, before.bias):
+                if rows is not None:
+                    self._overlay.divide(rows, scales)
+            return
+        layer = block.rsplit(".", 1)[0]
+        after = "pre_feedforward_layernorm" if self._spec.post_norms else "post_attention_layernorm"
+        norm = f"language_model.{layer}.{'input_layernorm' if name == 'q_proj' else after}.weight"
+        offset = np.float32(self._spec.norm_offset)
+        weight = self._overlay.floats(Range(norm, 0, len(scales)))
+        self._overlay.put(norm, (weight + offset) / scales - offset)
+
+    def _round(
+        self,
+        linears: Sequence[Linear],
+        forms: Sequence[Form | None],
+        matrices: Sequence[Float],
+        seen: Seen,
+        *,
+        scaled: bool,
+    ) -> None:
+        """Put what was decided into the overlay, stored tensor by stored tensor: fused ones hold several layers."""
+        decided: list[tuple[Float, Grouped | None]] = []
+        for linear, form, matrix in zip(linears, forms, matrices, strict=True):
+            grouped = None
+            if form is not None and "gptq" in self._steps:
+                grouped = quantize_gptq(matrix, seen.hessian, form)
+            values = matrix if grouped is None else dequantize_grouped(grouped)
+            decided.append((values, grouped))
+            if grouped is not None:
+                self.record.setdefault(linear.name, {})["error"] = _error(values - matrix, matrix, seen.hessian)
+        for tensor in dict.fromkeys(linear.weight.tensor for linear in linears):
+            mine = [d for linear, d in zip(linears, decided, strict=True) if linear.weight.tensor == tensor]
+            groups = [grouped for _, grouped in mine if grouped is not None]
+            if scaled or groups:
+                self._overlay.put(tensor, np.concatenate([values for values, _ in mine]), _grid(groups, len(mine)))
+
+
+def _grid(groups: Sequence[Grouped], layers: int) -> Grid | None:
+    """That of a stored tensor, where all layers in it stand on grids of one form."""
+    if len(groups) != layers or len({(g.group_size, g.integers.dtype, g.zeros is None, g.bits) for g in groups}) != 1:
+        return None
+    scales = np.concatenate([g.scales for g in groups])
+    zeros = None if groups[0].zeros is None else np.concatenate([g.zeros for g in groups if g.zeros is not None])
+    return Grid(groups[0].bits, groups[0].group_size, scales, zeros)
+
+
+def _divided(seen: Seen, scales: Float) -> Seen:
+    hessian = seen.hessian / scales / scales[:, None]
+    return Seen(hessian, seen.magnitude / scales, seen.largest / scales, seen.sampled / scales, seen.rows)
+
+
+def _over(x: Rows, scales: Float) -> Rows:
+    divisor = torch.from_numpy(scales)
+    return Rows(lambda i: x(i) / divisor)
+
+
+def _error(change: Float, matrix: Float, hessian: NDArray[np.float64]) -> float:
+    """Squared change of the outputs, relative to the outputs."""
+    narrow = hessian.astype(np.float32)
+    lost, whole = (float(np.einsum("rc,rc->", m @ narrow, m, dtype=np.float64)) for m in (change, matrix))
+    return lost / (whole or 1.0)
+
+
+def form_of(precision: Precision, columns: int, *, symmetric: bool) -> Form | None:
+    """The grid that a target packs a layer on; None for layers that stay floats or are a target's own type.
+
+    Symmetric int4 takes groups that divide the columns, as Core ML does.
+    """
+    if precision.format or precision.weights not in ("int8", "int4"):
+        return None
+    if precision.weights == "int8":
+        return Form(8, 0, True)
+    if not symmetric:
+        return Form(4, precision.group_size, False)
+    return Form(4, max(n for n in range(1, precision.group_size + 1) if columns % n == 0), True)

@@ -1,0 +1,54 @@
+"""SmoothQuant: inputs with outliers made smaller and weights as much larger, for layers that round both. Numpy only.
+
+Xiao et al., 2022 (https://arxiv.org/abs/2211.10438): s = max|x|^power / max|w|^(1 − power). The power is the one whose
+int8 weights (a scale a row) and int8 inputs (a scale a row of x) change the outputs of sampled rows least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_quant.awq import Scaling
+from vlm_quant.grouped import Float
+
+POWERS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_ROWS = 256  # of each matrix, on which powers are compared
+
+
+def search_smoothing(matrices: Sequence[Float], rows: Float, largest: Float, source: NDArray[np.int64]) -> Scaling:
+    """One scale for each source channel, of layers (out_features, columns) that read the sampled `rows` (n, columns).
+
+    `largest` (columns,) is the largest |x| of all rows; `source` (columns,): the channel before that each comes from.
+    """
+    size = int(source.max()) + 1
+    inputs, weights = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    np.maximum.at(inputs, source, largest)
+    for matrix in matrices:
+        np.maximum.at(weights, source, np.abs(matrix).max(axis=0))
+    inputs, weights = (np.maximum(t, 1e-5 * (float(t.max()) or 1.0)) for t in (inputs, weights))
+    some = [matrix[:: -(-len(matrix) // _ROWS)] for matrix in matrices]
+    ones = np.ones(size, np.float32)
+    plain = sum(_error(matrix, rows, ones[source]) for matrix in some)
+    best = Scaling(ones, 0.0, plain, plain)
+    for power in POWERS:
+        scales = inputs**power / weights ** (1 - power)
+        scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
+        error = sum(_error(matrix, rows, scales[source]) for matrix in some)
+        if error < best.scaled:
+            best = Scaling(scales, power, plain, error)
+    return best
+
+
+def round_rows(matrix: Float) -> Float:
+    """Each row rounded to int8 by its largest magnitude, as floats again."""
+    scale = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(matrix / scale) * scale
+
+
+def _error(matrix: Float, rows: Float, scales: Float) -> float:
+    change = round_rows(rows / scales) @ round_rows(matrix * scales).T - rows @ matrix.T
+    return float(np.square(change, dtype=np.float64).sum())
