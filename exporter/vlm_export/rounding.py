@@ -75,17 +75,18 @@ class Rounding:
         count: int,
     ) -> None:
         self._overlay, self._spec, self._form, self._steps, self._count = overlay, spec, form, steps, count
-        self._before: dict[str, Linear] = {}  # of this layer: v and up, whose rows can be scaled
+        self._before: dict[str, Linear] = {}  # the layer's own: v and up, whose rows can be scaled, among them
         self.record: dict[str, dict[str, Any]] = {}
 
     def inputs(self, x: Rows, linears: Sequence[Linear]) -> Rows:
         """Decide `linears`; gives the x that they are to read."""
         first = linears[0].name
-        if first == "lm_head" or first.endswith(("q_proj", "qkv_proj")):
+        if first == "lm_head" or first.endswith("q_proj"):
             self._overlay.flush()
-            self._before.clear()
+        if first == "lm_head":  # the packer's own
+            return x
         self._before.update({linear.name.rsplit(".", 1)[1]: linear for linear in linears})
-        forms = [None if first == "lm_head" else self._form(linear) for linear in linears]
+        forms = [self._form(linear) for linear in linears]
         if not any(forms):
             return x
         seen = see(x, self._count, linears[0].in_features)

@@ -57,8 +57,8 @@ def _rounded(free: Float, factor: Float, scales: Float, zeros: Float, ends: tupl
 
 
 def inverse_factor(hessian: Double, damping: float) -> Float:
-    """Upper triangular U with (H + damping)⁻¹ = UᵀU: by the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹."""
-    damped = hessian + np.eye(len(hessian)) * (damping * float(np.diag(hessian).mean()))
+    """Upper triangular U with (H + damping · 1)⁻¹ = UᵀU: by the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹."""
+    damped = hessian + np.eye(len(hessian)) * damping
     lower = np.linalg.cholesky(damped[::-1, ::-1])
     return _inverse(np.ascontiguousarray(lower[::-1, ::-1])).astype(np.float32)
 
