@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 NAME = "onnx"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PREFILL_ROWS = 192  # at once on the CPU: attention computes a whole rectangle, half of it in vain for long blocks
 
 
 def available() -> None:
@@ -80,6 +82,8 @@ class OnnxDecoder:
         self._session, self._chunk = session, prefill_chunk
         # On a device ONNX Runtime copies inputs when they are bound, so there each step binds them anew.
         self._aliased = session.get_providers()[0] == _PROVIDERS["cpu"]
+        if self._aliased:
+            self._chunk = min(self._chunk, _PREFILL_ROWS)
         self._embed = _aligned((1, 1, hidden_size))
         self._logits = _aligned((1, 1, vocab_size))
         self._row: Floats = self._embed[0, 0]
@@ -91,13 +95,14 @@ class OnnxDecoder:
         self._decode.bind_ortvalue_input("inputs_embeds", _value(self._embed))
 
     def prefill(self, embeds: Floats) -> Floats:
-        """Append rows (S, H) in chunks; the logits (V,) after the last one."""
+        """Append rows (S, H) in chunks of one length, as far as that goes; the logits (V,) after the last one."""
         if embeds.ndim != 2 or embeds.shape[0] == 0 or embeds.shape[1] != self._embed.shape[2]:
             raise ValueError(f"prefill takes (S, {self._embed.shape[2]}) with S > 0, got {embeds.shape}")
         self._check_room(embeds.shape[0])
         embeds = np.ascontiguousarray(embeds, np.float32)
-        for start in range(0, embeds.shape[0], self._chunk):
-            rows = embeds[start : start + self._chunk]
+        chunk = math.ceil(len(embeds) / math.ceil(len(embeds) / self._chunk))
+        for start in range(0, len(embeds), chunk):
+            rows = embeds[start : start + chunk]
             self._prefill.bind_ortvalue_input("inputs_embeds", _value(rows[None]))
             self._run(self._prefill, rows.shape[0])
         return self._last
