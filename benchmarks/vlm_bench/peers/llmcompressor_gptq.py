@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
-class Sequences(torch.utils.data.Dataset):
+class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """One sequence of embeddings an item."""
 
     def __init__(self, path: str) -> None:
