@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
 from conftest import MakeTiny
+from vlm_export import recommend
+from vlm_export.budget import Point, front, parse_size, path, within_budget, within_kl
 from vlm_export.importance import examples
-from vlm_export.quality import ask, compared, held_out
-from vlm_export.simulate import Rounding, decoder_linears, rounded, rounding, simulate
-from vlm_models.errors import RecipeError
-from vlm_models.model import load_model
+from vlm_export.quality import HeldOut, Quality, ask, compared, held_out
+from vlm_export.sensitivity import Effect, Group, effects, fixed_bytes, groups, recipe_of
+from vlm_export.simulate import EMBEDDING, Rounding, decoder_linears, rounded, rounding, simulate
+from vlm_export.target import Job, find_target
+from vlm_models.demo import scenes
+from vlm_models.errors import CheckError, InputError, RecipeError
+from vlm_models.model import Model, load_model
 from vlm_quant.affine import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from vlm_quant.calibration import Calibration, read_pairs
-from vlm_quant.recipe import Precision, parse_recipe
+from vlm_quant.recipe import PRESETS, Precision, parse_recipe
 
 ASKED = (("What colour is it?", "It is red."), ("How many squares?", "Two"), ("What colour?", None))
 FAMILIES = ("llama", "phi3", "gemma2", "gemma3_text", "qwen3", "smollm")
@@ -152,3 +161,192 @@ def test_differences_on_the_same_questions(tiny: Path, pairs: Calibration) -> No
     assert compared(fine, fine)["kl_ratio_interval"] == pytest.approx([1, 1])
     low, high = coarse.numbers()["kl_interval"]  # type: ignore[misc]
     assert low <= coarse.mean_kl <= high
+
+
+@pytest.fixture(scope="module")
+def probed(make_tiny: MakeTiny, pairs: Calibration) -> tuple[Model, list[Group], list[Effect]]:
+    model = load_model(make_tiny(text="smollm"))
+    return model, groups(model), list(effects(model, held_out(model, pairs)))
+
+
+def test_groups_hold_every_matrix_of_the_model_once(make_tiny: MakeTiny) -> None:
+    """But for the tower's last layer, which LLaVA does not read."""
+    for text in ("llama", "phi3", "smollm"):
+        model = load_model(make_tiny(text=text))
+        found, checkpoint, dead = groups(model), model.checkpoint, ("position_embedding", "encoder.layers.2.")
+        matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
+        counted = sum(checkpoint.rows(name).size for name in matrices if not any(word in name for word in dead))
+        counted += checkpoint.rows(EMBEDDING).size if model.spec.language.tied else 0  # looked up, and the head
+        assert sum(rows * columns for group in found for rows, columns in group.shapes) == counted
+        assert [group.name for group in found][-3:] == ["layer 2 attention", "layer 2 mlp", "lm_head"]
+
+
+def test_each_effect_is_that_of_its_group_alone(
+    probed: tuple[Model, list[Group], list[Effect]], pairs: Calibration
+) -> None:
+    model, found, tried = probed
+    assert [(e.group, e.precision) for e in tried] == [(g, step) for g in found for step in g.steps[1:]]
+    texts = {
+        ("layer 1 mlp", "int8"): "language=fp32;layers.1.mlp=int8,vision=fp32,projector=fp32",
+        ("lm_head", "int4:g32"): "language=fp32;lm_head=int4:g32,vision=fp32,projector=fp32",
+        ("vision", "int8"): "vision=int8,language=fp32,projector=fp32",
+        ("embedding", "int8"): "embedding=int8,language=fp32,vision=fp32,projector=fp32",
+    }
+    held = held_out(model, pairs)
+    for (group, precision), text in texts.items():
+        mine = next(e for e in tried if (e.group.name, str(e.precision)) == (group, precision))
+        whole = ask(simulate(model, parse_recipe(text)), held)
+        np.testing.assert_allclose(mine.quality.kl, whole.kl, atol=1e-6, err_msg=group)
+        assert mine.quality.mean_kl > 0
+
+
+def test_sizes_are_those_of_the_files(tiny: Path, tmp_path: Path) -> None:
+    """But for the float tensors of norms, biases, positions and patches."""
+    model = load_model(tiny)
+    found = groups(model)
+    everything = ("language_model", "projector", "vision_encoder")
+    for text, parts in (
+        ("language=int8", ("language_model",)),
+        ("language=fp16;lm_head=int4:g128", ("language_model",)),
+        ("language=int4;lm_head=int4,vision=int8,projector=int4", everything),
+    ):
+        recipe = parse_recipe(text)
+        job = Job(model, recipe, tmp_path / str(len(text)), 64, parts)
+        job.root.mkdir()
+        written = 0
+        for part in find_target("onnx").build(job).values():
+            for tensor in onnx.load(job.root / part.graph, load_external_data=False).graph.initializer:
+                written += int({entry.key: entry.value for entry in tensor.external_data}.get("length", 0))
+        counted = 0
+        for group in found:
+            if f"{group.part}_model" in parts or f"{group.part}_encoder" in parts or group.part in parts:
+                precision: Precision = getattr(recipe, group.part)
+                counted += group.bytes(precision.rule(group.pattern) or precision if group.pattern else precision)
+        assert counted <= written < counted + 12_000 * len(parts), text
+
+
+def test_a_path_leads_from_the_finest_to_the_smallest(probed: tuple[Model, list[Group], list[Effect]]) -> None:
+    model, found, tried = probed
+    points = path(found, tried, fixed_bytes(model))
+    assert points[0].recipe == PRESETS["fp16"]
+    assert points[0].predicted == 0
+    assert all(b.bytes < a.bytes for a, b in pairwise(points))
+    assert points[-1].bytes == fixed_bytes(model) + sum(min(g.bytes(s) for s in g.steps) for g in found)
+    for point in points:
+        assert parse_recipe(str(point.recipe)) == point.recipe
+
+
+def test_a_recipe_says_what_was_chosen(probed: tuple[Model, list[Group], list[Effect]]) -> None:
+    """Whatever the choice: every layer gets the precision of its group."""
+    model, found, _ = probed
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        choice = {group: group.steps[rng.integers(len(group.steps))] for group in found}
+        recipe = parse_recipe(str(recipe_of(choice)))
+        by_name = {group.name: precision for group, precision in choice.items()}
+        assert (recipe.vision, recipe.projector) == (by_name["vision"], by_name["projector"])
+        assert (recipe.embedding is None) == (by_name["embedding"].weights != "int8")
+        for linear in decoder_linears(model.spec.language)[:-1]:
+            kind = "attention" if "self_attn" in linear.name else "mlp"
+            wanted = by_name[f"layer {linear.name.split('.')[1]} {kind}"]
+            assert rounding(recipe.language, linear.name) == rounding(wanted, linear.name), recipe
+        head = by_name["lm_head"]
+        assert rounding(recipe.language, "lm_head") == rounding(
+            Precision("fp16", rules=(("lm_head", head),)), "lm_head"
+        )
+
+
+def test_a_budget_takes_the_first_recipe_that_fits_or_says_the_smallest(
+    probed: tuple[Model, list[Group], list[Effect]],
+) -> None:
+    model, found, tried = probed
+    points = path(found, tried, fixed_bytes(model))
+    middle = points[len(points) // 2]
+    assert within_budget(points, middle.bytes) is middle
+    assert within_budget(points, middle.bytes + 1) is middle
+    assert within_budget(points, 10**9) is points[0]
+    with pytest.raises(InputError, match=r"^budget 1000 bytes cannot be met: the smallest .* is [\d.]+ KiB, with"):
+        within_budget(points, 1000)
+
+
+def test_the_smallest_recipe_that_is_good_enough_is_found_with_few_measurements(
+    probed: tuple[Model, list[Group], list[Effect]],
+) -> None:
+    model, found, tried = probed
+    points = path(found, tried, fixed_bytes(model))
+    for true in (0, 1, 7, len(points) - 2, len(points) - 1):
+        asked: list[int] = []
+
+        def measure(i: int, true: int = true, asked: list[int] = asked) -> float:
+            asked.append(i)
+            return 0.01 if i <= true else 0.1
+
+        assert within_kl(points, 0.05, measure) == true
+        assert len(asked) <= len(points).bit_length() + 1
+    with pytest.raises(CheckError, match=r"^no recipe keeps KL at 0\.05: .* has 0\.1; raise --max-kl"):
+        within_kl(points, 0.05, lambda i: 0.1)
+
+
+@pytest.mark.parametrize(("text", "count"), [("120MB", 120_000_000), ("1.5 GiB", 3 << 29), ("90", 90), ("2kb", 2000)])
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "12 parsecs", "0MB", "1e3", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^budget .* is no size: write it as 120MB"):
+        parse_size(text)
+
+
+def test_the_front_has_no_point_that_another_beats() -> None:
+    def point(count: int, kl: float) -> Point:
+        one = np.ones(2, np.int64)
+        return Point(PRESETS["int8"], count, 0, 0.0, Quality(np.full(2, kl), one, one, one > 0, np.arange(2)))
+
+    a, b, c, d = point(10, 0.5), point(20, 0.2), point(25, 0.3), point(30, 0.1)
+    assert front([d, c, b, a]) == [a, b, d]
+    assert front([replace(a, quality=None), c]) == [c]
+
+
+def test_recommending_measures_on_pictures_that_nothing_else_has_seen(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write_pairs(tmp_path, 12)
+    model, seen = load_model(make_tiny()), list[set[Path]]()
+    real = recommend.held_out
+
+    def watched(model: Model, pairs: Calibration, *rest: Any) -> HeldOut:
+        seen.append({pair.image for pair in pairs.pairs})
+        return real(model, pairs, *rest)
+
+    monkeypatch.setattr(recommend, "held_out", watched)
+    found = recommend.recommend(model, read_pairs(tmp_path), max_kl=1e-4, algorithm="rtn", spread=3)
+    assert len(seen) == 2
+    assert not seen[0] & seen[1]
+    assert found.point.quality is not None
+    assert found.point.quality.mean_kl <= 1e-4
+    after = found.path[[p.recipe for p in found.path].index(found.point.recipe) + 1]
+    worse = [p.quality.mean_kl for p in found.measured if p.recipe == after.recipe and p.quality is not None]
+    assert worse, "the next smaller recipe was measured too"
+    assert worse[0] > 1e-4
+    told = json.loads(json.dumps(found.plain()))
+    assert told["recommended"]["recipe"] == str(found.point.recipe)
+    assert {point["recipe"] for point in told["measured"]} >= set(told["front"])
+    small = recommend.recommend(model, read_pairs(tmp_path), budget=f"{after.bytes}", algorithm="rtn")
+    assert small.point.bytes <= after.bytes
+
+
+def test_goals_that_cannot_be_are_one_line(tiny: Path, pairs: Calibration) -> None:
+    model = load_model(tiny)
+    for given, said in (
+        ({"budget": "1MB", "max_kl": 0.1}, "two goals"),
+        ({"max_kl": 0.0}, "max KL 0 cannot be"),
+        ({"max_kl": float("nan")}, "max KL nan cannot be"),
+        ({"budget": "much"}, "is no size"),
+    ):
+        with pytest.raises(InputError, match=said):
+            recommend.recommend(model, pairs, **given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="measured on image-text pairs: give --calibration"):
+        recommend.recommend(model, None)
+    with pytest.raises(InputError, match="at least 4 pictures that differ, here are 3"):
+        recommend.recommend(model, pairs)

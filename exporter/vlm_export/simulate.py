@@ -106,7 +106,7 @@ class Simulated(Model):
         return RoundedLanguage(self.checkpoint, self.spec.language, activation_precision(self), keep=keep)
 
     def _hooked(self, module: M, precision: Precision) -> M:
-        for name, layer in _linear_modules(module) if self.activations else ():
+        for name, layer in linear_modules(module) if self.activations else ():
             kind = rounding(precision, name)
             if kind.bits < 16:
                 layer.register_forward_pre_hook(lambda _, given, kind=kind: (rounded(given[0], kind), *given[1:]))
@@ -189,7 +189,7 @@ def _table(checkpoint: Checkpoint, precision: Precision | None, folder: Path | N
 def _modules(
     checkpoint: Checkpoint, prefix: str, module: nn.Module, precision: Precision, folder: Path | None
 ) -> Iterator[tuple[str, Stored]]:
-    for layer, _ in _linear_modules(module):
+    for layer, _ in linear_modules(module):
         name, kind = f"{prefix}{layer}.weight", rounding(precision, layer)
         if name in checkpoint and not _exact(kind, checkpoint.dtype(name)):
             out = _room(checkpoint.shape(name), name, folder)
@@ -197,7 +197,7 @@ def _modules(
             yield name, Stored("F32", out)
 
 
-def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
 
 
