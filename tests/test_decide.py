@@ -14,7 +14,9 @@ from PIL import Image
 
 from checkpoints import TEXTS
 from conftest import MakeTiny
-from vlm_export.decide import ALGORITHMS, decide, decide_on
+from vlm_export.algorithms import ALGORITHMS
+from vlm_export.decide import decide, decide_on
+from vlm_export.export import export
 from vlm_export.importance import Example
 from vlm_models.errors import CheckpointError, InputError
 from vlm_models.model import Model, load_model
@@ -142,11 +144,18 @@ def test_the_same_pairs_decide_the_same(make_tiny: MakeTiny, pairs: Calibration,
 
 def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
     model = load_model(tiny)
-    for algorithm, recipe in (("rtn", INT4), ("auto", parse_recipe("fp16"))):
+    for algorithm, recipe, record in (
+        ("rtn", INT4, {"algorithm": "rtn"}),
+        ("auto", INT8, {"algorithm": "rtn"}),
+        ("auto", parse_recipe("fp16"), {}),
+        ("auto", parse_recipe("language=q4_k_m"), {}),
+    ):
         decided = decide(model, recipe, pairs, algorithm, folder=tmp_path)
         assert decided.model is model
-        assert decided.record["algorithm"] == "rtn"
-    assert decide(model, INT4, None, "auto", folder=tmp_path).model is model
+        assert decided.record == record
+    plain = decide(model, INT4, None, "auto", folder=tmp_path)
+    assert plain.model is model
+    assert "int4 without calibration" in plain.record["notes"][0]
     assert not list(tmp_path.iterdir())
 
 
@@ -156,6 +165,11 @@ def test_what_cannot_be_is_one_line(tiny: Path, tmp_path: Path) -> None:
         decide(model, INT4, None, "best", folder=tmp_path)
     with pytest.raises(InputError, match=r"algorithm 'gptq' needs image-text pairs: give --calibration"):
         decide(model, INT4, None, "gptq", folder=tmp_path)
+    for algorithm, text, words in (("awq", "int8", "int4"), ("smoothquant", "int4", "int8"), ("gptq", "fp16", "int")):
+        with pytest.raises(InputError, match=f"algorithm '{algorithm}' has nothing to do: .* has no {words}"):
+            decide(model, parse_recipe(f"language={text}"), None, algorithm, folder=tmp_path)
+    with pytest.raises(InputError, match=r"0 calibration samples cannot be: give 1 or more"):
+        decide(model, INT4, None, "gptq", folder=tmp_path, samples=0)
     broken = [replace(one, embeds=one.embeds * float("inf")) for one in sequences(model, 2)]
     with pytest.raises(CheckpointError, match=r"calibration gives 'layers\.0.* beyond float32"):
         decide_on(model, INT4, broken, "gptq", symmetric=False, folder=tmp_path)
@@ -168,3 +182,22 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
         Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"What is number {i}?", "utf-8")
     return read_pairs(folder)
+
+
+def test_an_export_packs_what_was_decided(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
+    folder, options = pairs.pairs[0].image.parent, {"precision": "language=int4:g32", "check": False}
+    made = {}
+    for algorithm in ("auto", "rtn"):
+        manifest = export(tiny, "onnx", tmp_path / algorithm, calibration=folder, algorithm=algorithm, **options)
+        made[algorithm] = manifest.parts["language_model"]["onnx"].details
+    record = made["auto"]["rounding"]
+    assert (record["algorithm"], record["samples"], record["of"]) == ("gptq", 3, 3)
+    assert record["sha256"] == pairs.sha256
+    assert made["auto"]["grids"] > 0
+    assert not made["auto"]["rounded_again"]
+    assert made["rtn"]["rounding"] == {"algorithm": "rtn"}
+    files = [(tmp_path / algorithm / "onnx/language_model.onnx.data").read_bytes() for algorithm in made]
+    assert files[0] != files[1]
+    assert not [p for p in (tmp_path / "auto").rglob("*") if p.suffix == ".bin" and p.name != "embedding.bin"]
+    noted = export(tiny, "onnx", tmp_path / "noted", algorithm="auto", **options).parts["language_model"]["onnx"]
+    assert any("int4 without calibration" in note for note in noted.details["notes"])

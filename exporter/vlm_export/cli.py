@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vlm_export.algorithms import SAMPLES
 from vlm_export.export import export
 from vlm_export.table import Stages, notes, parity_table, size
 from vlm_models.command import run
@@ -68,6 +69,15 @@ def command(
             "JSONL with image and prompt, or LLaVA-format JSON.",
         ),
     ] = None,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="How the language model is rounded: auto, rtn (to nearest), awq, gptq, awq+gptq (int4 and int8, by "
+            "the calibration pairs), smoothquant (int8)."
+        ),
+    ] = "auto",
+    calibration_samples: Annotated[int, typer.Option(help="How many of the pairs are taken at most.")] = SAMPLES,
+    seed: Annotated[int, typer.Option(help="Which of them.")] = 0,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -107,6 +117,9 @@ def command(
                 check=check,
                 greedy_tokens=greedy_tokens,
                 calibration=calibration,
+                algorithm=algorithm,
+                calibration_samples=calibration_samples,
+                seed=seed,
                 gguf_tokenizer=gguf_tokenizer,  # type: ignore[arg-type]  # refused there
                 coreml_kv=coreml_kv,  # type: ignore[arg-type]
                 coreml_layout=coreml_layout,  # type: ignore[arg-type]

@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_export.algorithms import BEST, SAMPLES, check_algorithm, form_of, rounded_bits
 from vlm_export.importance import Example, examples
 from vlm_export.overlay import Overlay
-from vlm_export.rounding import Rounding, form_of
+from vlm_export.rounding import Rounding
 from vlm_export.streaming import stream
 from vlm_export.target import Progress, silent
-from vlm_models.errors import InputError
+from vlm_models.checkpoint import Checkpoint
 from vlm_models.model import Model
+from vlm_models.vision import Projector, VisionEncoder
 from vlm_quant.calibration import Calibration, sample
 from vlm_quant.recipe import Recipe
 
-ALGORITHMS = ("auto", "rtn", "awq", "gptq", "awq+gptq", "smoothquant")
-SAMPLES = 128
+_UNCALIBRATED = (
+    "int4 without calibration: weights are rounded to nearest; give --calibration with image-text pairs to round them "
+    "by what pictures and questions need"
+)
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,14 @@ def decide(
     `symmetric`: grids around zero, for targets without zero points. `folder` takes the changed tensors (float32) and
     must live as long as the model. Raises InputError for an unknown algorithm, or one that needs pairs without them.
     """
-    if algorithm not in ALGORITHMS:
-        raise InputError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
-    began = time.perf_counter()
-    name = chosen(algorithm, recipe, calibration)
-    if name == "rtn":
-        return Decided(model, {"algorithm": "rtn"})
-    if calibration is None:
-        raise InputError(f"algorithm {name!r} needs image-text pairs: give --calibration, or --algorithm rtn")
+    check_algorithm(algorithm, model.spec.language, recipe, calibration, samples)
+    began, bits = time.perf_counter(), rounded_bits(model.spec.language, recipe)
+    if not bits:
+        return Decided(model, {})
+    name = algorithm if algorithm != "auto" else BEST if 4 in bits and calibration is not None else "rtn"
+    if name == "rtn" or calibration is None:
+        missing = algorithm == "auto" and 4 in bits
+        return Decided(model, {"algorithm": "rtn", **({"notes": [_UNCALIBRATED]} if missing else {})})
     drawn = sample(calibration, samples, seed)
     shown = examples(model, drawn, progress=progress)
     changed, layers = decide_on(model, recipe, shown, name, symmetric=symmetric, folder=folder, progress=progress)
@@ -77,13 +81,6 @@ def decide(
         "seconds": round(time.perf_counter() - began, 1),
     }
     return Decided(changed, record)
-
-
-def chosen(algorithm: str, recipe: Recipe, calibration: Calibration | None) -> str:
-    """What "auto" stands for."""
-    if algorithm != "auto":
-        return algorithm
-    return "rtn"
 
 
 def decide_on(
@@ -108,4 +105,18 @@ def decide_on(
     done, of = itertools.count(1), (spec.layers + 1) * len(sequences)
     states = [example.embeds for example in sequences]
     stream(overlay.checkpoint, spec, states, rounding.inputs, lambda: progress(algorithm, next(done), of))
-    return Model(overlay.checkpoint, model.spec), rounding.record
+    return _Rounded(model, overlay.checkpoint), rounding.record
+
+
+class _Rounded(Model):
+    """The same vision parts, which may be in memory already, before another decoder."""
+
+    def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint, model.spec)
+        self._model = model
+
+    def vision_encoder(self) -> VisionEncoder:
+        return self._model.vision_encoder()
+
+    def projector(self) -> Projector:
+        return self._model.projector()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_export import golden, parity, preflight, shared, write
+from vlm_export.algorithms import SAMPLES, check_algorithm
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_models.errors import CheckError, InputError
@@ -22,6 +24,7 @@ from vlm_runtime.engine import find_engine
 from vlm_runtime.manifest import Manifest, Part
 
 if TYPE_CHECKING:
+    from vlm_export.decide import Decided
     from vlm_models.model import Model
 
 _TOOLS = (
@@ -40,6 +43,9 @@ def export(
     check: bool = True,
     greedy_tokens: int = 32,
     calibration: str | Path | None = None,
+    algorithm: str = "auto",
+    calibration_samples: int = SAMPLES,
+    seed: int = 0,
     gguf_tokenizer: Literal["checked", "none"] = "checked",
     coreml_kv: Literal["state", "io"] = "state",
     coreml_layout: Literal["plain", "ane"] = "plain",
@@ -52,9 +58,10 @@ def export(
     target's own type as in "language=q4_k_m".
     `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
     `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
-    by default the checkpoint's own folder calibration/ where it has one. `gguf_tokenizer` "none" leaves the vocabulary
-    out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state, `coreml_layout`
-    "ane" puts channels first. `progress(stage, done, of)` is called all along.
+    by default the checkpoint's own folder calibration/ where it has one. `algorithm` (one of `algorithms.ALGORITHMS`)
+    rounds the language model on at most `calibration_samples` of them, drawn by `seed`. `gguf_tokenizer` "none" leaves
+    the vocabulary out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state,
+    `coreml_layout` "ane" puts channels first. `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -79,15 +86,19 @@ def export(
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
     preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None))
     pairs = _calibration(model, calibration)
+    check_algorithm(algorithm, model.spec.language, recipe, pairs, calibration_samples, _grids(steps))
     preflight.finite(model.checkpoint, progress)
 
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, recipe, folder, progress)
         job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, coreml_kv, coreml_layout, progress)
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
-        for name, one in jobs.items():
-            builder = find_target(name)
-            manifest = _with_parts(manifest, builder.RUN_BY, builder.build(one))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            decided = _decided(jobs, Path(scratch), algorithm, calibration_samples, seed)
+            for name, one in jobs.items():
+                builder = find_target(name)
+                built = builder.build(replace(one, model=decided[name].model) if name in decided else one)
+                manifest = _with_parts(manifest, builder.RUN_BY, _recorded(built, decided.get(name)))
         manifest = replace(manifest, recipes={**manifest.recipes, **dict.fromkeys(chosen, str(recipe))})
         if check:
             manifest = _checked(manifest, chosen, jobs, recipe, prompt, greedy_tokens)
@@ -123,6 +134,48 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
             if held is None and part not in steps.setdefault(builder, []):
                 steps[builder].append(part)
     return {name: parts for name, parts in steps.items() if parts}
+
+
+def _grids(steps: Mapping[str, Collection[str]]) -> set[str]:
+    """On which grids language models are to be decided."""
+    return {str(find_target(name).GRIDS) for name, parts in steps.items() if "language_model" in parts} - {"own"}
+
+
+def _decided(jobs: Mapping[str, Job], scratch: Path, algorithm: str, samples: int, seed: int) -> dict[str, Decided]:
+    """Target → the model that it is to pack, decided once for each kind of grid."""
+    from vlm_export.decide import decide
+
+    made: dict[str, Decided] = {}
+    decided: dict[str, Decided] = {}
+    for name, job in jobs.items():
+        for grids in _grids({name: job.parts}):
+            if grids not in made:
+                folder = scratch / str(len(made))
+                folder.mkdir()
+                made[grids] = decide(
+                    job.model,
+                    job.recipe,
+                    job.calibration,
+                    algorithm,
+                    symmetric=grids == "symmetric",
+                    folder=folder,
+                    samples=samples,
+                    seed=seed,
+                    progress=job.progress,
+                )
+            decided[name] = made[grids]
+    return decided
+
+
+def _recorded(parts: Mapping[str, Part], decided: Decided | None) -> Mapping[str, Part]:
+    """The parts, the language model's details with how it was rounded."""
+    if decided is None or not decided.record:
+        return parts
+    part = parts["language_model"]
+    notes = [*part.details.get("notes", ()), *decided.record.get("notes", ())]
+    rounding = {key: value for key, value in decided.record.items() if key != "notes"}
+    details = {**part.details, "rounding": rounding, **({"notes": notes} if notes else {})}
+    return {**parts, "language_model": replace(part, details=details)}
 
 
 def _calibration(model: Model, path: str | Path | None) -> Calibration | None:

@@ -21,7 +21,6 @@ from vlm_models.spec import LanguageSpec
 from vlm_quant.awq import Scaling, search_scales
 from vlm_quant.gptq import quantize_gptq
 from vlm_quant.grouped import Form, Grouped, dequantize_grouped
-from vlm_quant.recipe import Precision
 from vlm_quant.smoothquant import search_smoothing
 
 _KEPT = 1 << 30  # bytes of a layer's inputs that are kept rather than computed twice
@@ -195,17 +194,3 @@ def _error(change: Float, matrix: Float, hessian: NDArray[np.float64]) -> float:
     narrow = hessian.astype(np.float32)
     lost, whole = (float(np.einsum("rc,rc->", m @ narrow, m, dtype=np.float64)) for m in (change, matrix))
     return lost / (whole or 1.0)
-
-
-def form_of(precision: Precision, columns: int, *, symmetric: bool) -> Form | None:
-    """The grid that a target packs a layer on; None for layers that stay floats or are a target's own type.
-
-    Symmetric int4 takes groups that divide the columns, as Core ML does.
-    """
-    if precision.format or precision.weights not in ("int8", "int4"):
-        return None
-    if precision.weights == "int8":
-        return Form(8, 0, True)
-    if not symmetric:
-        return Form(4, precision.group_size, False)
-    return Form(4, max(n for n in range(1, precision.group_size + 1) if columns % n == 0), True)

@@ -50,11 +50,13 @@ class Target(Protocol):
 
     `ENGINES` says which runtime engine runs each part when parity is measured, `RUN_BY` which engines can run what this
     target builds. A part whose engine is none of these is built by the target of that name: a GGUF language model
-    stands beside ONNX vision parts.
+    stands beside ONNX vision parts. `GRIDS` says how int4 weights are packed, and so on which grids they are decided:
+    with zero points, around zero, or as types of the target's own, which its own quantizer decides.
     """
 
     ENGINES: Mapping[str, str]
     RUN_BY: tuple[str, ...]
+    GRIDS: Literal["zero points", "symmetric", "own"]
 
     def requires(self, recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
         """Raise RecipeError for a precision that `parts` cannot take, CheckpointError for a model that cannot be

@@ -33,8 +33,8 @@ def quantize_gptq(matrix: Float, hessian: Double, form: Form, *, damping: float 
     order = np.argsort(-diagonal, kind="stable")
     factor = inverse_factor(hessian[np.ix_(order, order)] / mean, damping)
     width, columns = form.width(matrix.shape[1]), matrix.shape[1]
-    columns_of = [np.ascontiguousarray(spread(t, width, columns).T[order]) for t in (scales, zeros)]
-    rounded = _rounded(np.ascontiguousarray(matrix.T[order]), factor, *columns_of, form.range)
+    scale, zero = (np.ascontiguousarray(spread(t, width, columns).T[order]) for t in (scales, zeros))
+    rounded = _rounded(np.ascontiguousarray(matrix.T[order]), factor, scale, zero, form.range)
     integers = np.empty(matrix.shape, np.int16)
     integers[:, order] = rounded.T
     kept = None if form.symmetric else zeros.astype(np.uint8)
@@ -57,7 +57,7 @@ def _rounded(free: Float, factor: Float, scales: Float, zeros: Float, ends: tupl
 
 
 def inverse_factor(hessian: Double, damping: float) -> Float:
-    """Upper triangular U with (H + damping · 1)⁻¹ = UᵀU: by the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹."""
+    """Upper triangular U with (H + damping)⁻¹ = UᵀU: by the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹."""
     damped = hessian + np.eye(len(hessian)) * damping
     lower = np.linalg.cholesky(damped[::-1, ::-1])
     return _inverse(np.ascontiguousarray(lower[::-1, ::-1])).astype(np.float32)

@@ -107,32 +107,33 @@ def _grouped(matrix: Float, width: int) -> Float:
 def _fit(block: Float, form: Form, weigh: Float | None) -> tuple[Float, Float]:
     """Of (rows, groups, width); `weigh` (groups, width)."""
     low, high = form.range
+    bottom, top = block.min(axis=2, initial=0), block.max(axis=2, initial=0)
     if form.symmetric:
-        top = np.abs(block).max(axis=2)
+        top = np.maximum(top, -bottom)
         bottom = -top
-        full = np.float32(2 * high)
-    else:
-        bottom, top = block.min(axis=2, initial=0), block.max(axis=2, initial=0)
-        full = np.float32(high)
-    best_scale, best_zero, least = None, None, None
-    for shrink in _SHRINK if weigh is not None else (1.0,):
-        scale = (top - bottom) * np.float32(shrink) / full
-        scale[scale == 0] = 1
-        zero = np.zeros_like(scale)
-        if not form.symmetric:
-            zero = np.clip(np.rint(-bottom * np.float32(shrink) / scale), 0, high)
-        if weigh is None:
-            return scale, zero
+    whole = _range_grid(bottom, top, np.float32(1), form)
+    if weigh is None:
+        return whole
+    best_scale, best_zero = whole
+    least = np.full(best_scale.shape, np.inf, np.float32)
+    for shrink in _SHRINK:
+        scale, zero = _range_grid(bottom, top, np.float32(shrink), form)
         steps = np.clip(np.rint(block / scale[..., None]) + zero[..., None], low, high) - zero[..., None]
         square = (steps * steps * weigh).sum(axis=2)
-        scale = np.where(square > 0, (block * steps * weigh).sum(axis=2) / np.where(square > 0, square, 1), scale)
-        scale[scale <= 0] = 1
+        square[square == 0] = np.inf  # all rounded to zero: the scale cannot be had from them
+        found = (block * steps * weigh).sum(axis=2) / square
+        scale = np.where(found > 0, found, scale)
         error = (np.square(steps * scale[..., None] - block) * weigh).sum(axis=2)
-        if least is None:
-            best_scale, best_zero, least = scale, zero, error
-        else:
-            better = error < least
-            best_scale, best_zero, least = (
-                np.where(better, new, old) for new, old in ((scale, best_scale), (zero, best_zero), (error, least))
-            )
+        better = error < least
+        least[better], best_scale[better], best_zero[better] = error[better], scale[better], zero[better]
     return best_scale, best_zero
+
+
+def _range_grid(bottom: Float, top: Float, shrink: np.float32, form: Form) -> tuple[Float, Float]:
+    """Scales and zeros for a part of the range bottom…top."""
+    low, high = form.range
+    scale = (top - bottom) * shrink / np.float32(2 * high if form.symmetric else high)
+    scale[scale == 0] = 1
+    if form.symmetric:
+        return scale, np.zeros_like(scale)
+    return scale, np.clip(np.rint(-bottom * shrink / scale), low, high)

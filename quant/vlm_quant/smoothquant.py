@@ -46,7 +46,8 @@ def round_rows(matrix: Float) -> Float:
     """Each row rounded to int8 by its largest magnitude, as floats again."""
     scale = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1
-    return np.rint(matrix / scale) * scale
+    rounded: Float = np.rint(matrix / scale) * scale
+    return rounded
 
 
 def _error(matrix: Float, rows: Float, scales: Float) -> float:

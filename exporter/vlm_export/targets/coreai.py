@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ENGINE = "coreai"
 ENGINES = dict.fromkeys(PARTS, ENGINE)
 RUN_BY = (ENGINE,)
+GRIDS = "symmetric"
 BYTES = {"fp32": 4.0, "fp16": 2.0}
 PACKAGES = {"coreai": "coreai-core", "coreai_torch": "coreai-torch"}
 PROOF = (

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ENGINES = dict.fromkeys(PARTS, "mil")
 RUN_BY = ("mil", "coreml")
+GRIDS = "symmetric"
 FOLDER = "coreml"
 PROOF = (
     "checked by executing the packages' programs on this machine; loading, placement on the Neural Engine, numerics "

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ENGINE = "onnx"
 ENGINES = dict.fromkeys(PARTS, ENGINE)
 RUN_BY = (ENGINE,)
+GRIDS = "zero points"
 
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:

@@ -1,0 +1,66 @@
+"""Which algorithms round a language model, what "auto" stands for, and whether one has something to do. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from vlm_export.rules import HEAD, language_layers
+from vlm_models.errors import InputError
+from vlm_quant.grouped import Form
+from vlm_quant.recipe import Precision, Recipe
+
+if TYPE_CHECKING:
+    from vlm_models.spec import LanguageSpec
+    from vlm_quant.calibration import Calibration
+
+ALGORITHMS = ("auto", "rtn", "awq", "gptq", "awq+gptq", "smoothquant")
+BEST = "gptq"  # what "auto" does to int4 layers where there are pairs
+SAMPLES = 128
+_PLAIN = ("auto", "rtn")
+
+
+def check_algorithm(
+    algorithm: str,
+    spec: LanguageSpec,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    samples: int,
+    grids: Collection[str] = ("symmetric",),
+) -> None:
+    """Raise InputError for an algorithm that is none, that lacks pairs, or that has nothing to do on `grids`."""
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+    if samples < 1:
+        raise InputError(f"{samples} calibration samples cannot be: give 1 or more")
+    if algorithm in _PLAIN:
+        return
+    if not grids:
+        raise InputError(f"algorithm {algorithm!r} is for none of these targets, which round by types of their own")
+    needed = {8} if algorithm == "smoothquant" else {4} if algorithm == "awq" else {4, 8}
+    if not needed & rounded_bits(spec, recipe):
+        words = " or ".join(f"int{bits}" for bits in sorted(needed))
+        raise InputError(f"algorithm {algorithm!r} has nothing to do: language={recipe.language} has no {words} layers")
+    if calibration is None:
+        raise InputError(f"algorithm {algorithm!r} needs image-text pairs: give --calibration, or --algorithm rtn")
+
+
+def rounded_bits(spec: LanguageSpec, recipe: Recipe) -> set[int]:
+    """Of the grids that the recipe puts the language model's layers on, the head apart."""
+    layers = [name for name in language_layers(spec) if name != HEAD]
+    forms = [form_of(recipe.language.at(name), 0, symmetric=True) for name in layers]
+    return {form.bits for form in forms if form is not None}
+
+
+def form_of(precision: Precision, columns: int, *, symmetric: bool) -> Form | None:
+    """The grid that a target packs a layer on; None for layers that stay floats or are a target's own type.
+
+    Symmetric int4 takes groups that divide the columns, as Core ML does.
+    """
+    if precision.format or precision.weights not in ("int8", "int4"):
+        return None
+    if precision.weights == "int8":
+        return Form(8, 0, True)
+    if not symmetric:
+        return Form(4, precision.group_size, False)
+    return Form(4, max(n for n in range(1, precision.group_size + 1) if columns % n == 0), True)
