@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,20 +154,30 @@ class Rounding:
         scaled: bool,
     ) -> None:
         """Put what was decided into the overlay, stored tensor by stored tensor: fused ones hold several layers."""
-        decided: list[tuple[Float, Grouped | None]] = []
-        for linear, form, matrix in zip(linears, forms, matrices, strict=True):
-            grouped = None
-            if form is not None and "gptq" in self._steps:
-                grouped = quantize_gptq(matrix, seen.hessian, form)
-            values = matrix if grouped is None else dequantize_grouped(grouped)
-            decided.append((values, grouped))
-            if grouped is not None:
-                self.record.setdefault(linear.name, {})["error"] = _error(values - matrix, matrix, seen.hessian)
+        decided: list[tuple[Float, Grouped | None]] = [(matrix, None) for matrix in matrices]
+        for form in dict.fromkeys(forms) if "gptq" in self._steps else ():
+            same = [i for i, other in enumerate(forms) if other == form and other is not None]
+            if form is not None:  # rows do not touch each other: layers of one form are one matrix
+                whole = quantize_gptq(np.concatenate([matrices[i] for i in same]), seen.hessian, form)
+                for i, part in zip(same, _split(whole, [len(matrices[i]) for i in same]), strict=True):
+                    values = dequantize_grouped(part)
+                    error = _error(values - matrices[i], matrices[i], seen.hessian)
+                    self.record.setdefault(linears[i].name, {})["error"] = error
+                    decided[i] = values, part
         for tensor in dict.fromkeys(linear.weight.tensor for linear in linears):
             mine = [d for linear, d in zip(linears, decided, strict=True) if linear.weight.tensor == tensor]
             groups = [grouped for _, grouped in mine if grouped is not None]
             if scaled or groups:
                 self._overlay.put(tensor, np.concatenate([values for values, _ in mine]), _grid(groups, len(mine)))
+
+
+def _split(whole: Grouped, rows: Sequence[int]) -> Iterator[Grouped]:
+    """The row ranges of some layers."""
+    start = 0
+    for count in rows:
+        part = slice(start, start := start + count)
+        zeros = None if whole.zeros is None else whole.zeros[part]
+        yield replace(whole, integers=whole.integers[part], scales=whole.scales[part], zeros=zeros)
 
 
 def _grid(groups: Sequence[Grouped], layers: int) -> Grid | None:

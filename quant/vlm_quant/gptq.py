@@ -31,7 +31,7 @@ def quantize_gptq(matrix: Float, hessian: Double, form: Form, *, damping: float 
     weigh = np.maximum(diagonal / mean, 1e-6).astype(np.float32)
     scales, zeros = fit(matrix, form, weigh)
     order = np.argsort(-diagonal, kind="stable")
-    factor = inverse_factor(hessian[np.ix_(order, order)] / mean, damping)
+    factor = inverse_factor(hessian, order, damping)
     width, columns = form.width(matrix.shape[1]), matrix.shape[1]
     scale, zero = (np.ascontiguousarray(spread(t, width, columns).T[order]) for t in (scales, zeros))
     rounded = _rounded(np.ascontiguousarray(matrix.T[order]), factor, scale, zero, form.range)
@@ -56,11 +56,17 @@ def _rounded(free: Float, factor: Float, scales: Float, zeros: Float, ends: tupl
     return integers
 
 
-def inverse_factor(hessian: Double, damping: float) -> Float:
-    """Upper triangular U with (H + damping)⁻¹ = UᵀU: by the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹."""
-    damped = hessian + np.eye(len(hessian)) * damping
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    return _inverse(np.ascontiguousarray(lower[::-1, ::-1])).astype(np.float32)
+def inverse_factor(hessian: Double, order: NDArray[np.int64], damping: float) -> Float:
+    """Upper triangular U with (H + damping)⁻¹ = UᵀU, of H in that order, its mean diagonal 1.
+
+    By the Cholesky factor of H turned round, H = R Rᵀ, U = R⁻¹: half the work of inverting first, and nothing kept.
+    """
+    damped = hessian[np.ix_(order[::-1], order[::-1])]
+    damped /= float(np.diag(hessian).mean()) or 1.0
+    damped.flat[:: len(damped) + 1] += damping
+    lower = np.linalg.cholesky(damped)
+    del damped
+    return _inverse(lower[::-1, ::-1]).astype(np.float32)
 
 
 def _inverse(upper: Double) -> Double:
