@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +32,13 @@ from vlm_runtime.manifest import Manifest, Table
 
 LANGUAGE = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int8 smoothed": "int8", "int4": "int4"}
 VISION = ("fp32", "fp16", "int8")
+BASES = {
+    "prefill_ms": "fp32",
+    "prefill_cpu_ms": "fp32",
+    "decode_ms": "fp32",
+    "vision_ms": "vision fp32",
+    "vision_cpu_ms": "vision fp32",
+}
 ONNX = "onnx"
 
 
@@ -175,10 +181,9 @@ def answers(checkpoint: Path, work: Path, pictures: int) -> dict[str, dict[str, 
     return found
 
 
-@contextmanager
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="int8-speed-") as folder:
-        yield Path(folder)
+def faster(results: report.Results, base: str, number: str) -> dict[str, float]:
+    """How many times as fast as `base` each is, by medians."""
+    return {who: ratio(results, base, who, number) for who in results if number in results[who]}
 
 
 def command(
@@ -208,7 +213,8 @@ def command(
         raise InputError("everything is compared with fp32: add it to --precisions")
     model, facts = load_model(checkpoint), dict[str, Any](rows=rows, tokens=tokens, threads=threads)
     pairs = read_pairs(checkpoint / "calibration")
-    with scratch() as work:
+    with tempfile.TemporaryDirectory(prefix="int8-speed-") as scratch:
+        work = Path(scratch)
         held = read_pairs(write_pairs(work / "held-out", pictures))
         shown = examples(model, held)
         context = max(rows + tokens, *(len(example.embeds) for example in shown))
@@ -241,12 +247,7 @@ def command(
             facts |= {"asked_pictures": asked, "accuracy": answers(checkpoint, work, asked)}
         with workers(makers, threads) as running:
             results = interleave(running, repeats, idle_s=idle, watch=report.status(console))
-    facts["ratios"] = {
-        number: {who: 1 / ratio(results, who, base, number) for who in results if number in results[who]}
-        for base, numbers in (("fp32", ("prefill_ms", "prefill_cpu_ms", "decode_ms")), ("vision fp32", ("vision_ms", "vision_cpu_ms")))
-        if base in results
-        for number in numbers
-    }  # fmt: skip
+    facts["ratios"] = {number: faster(results, base, number) for number, base in BASES.items() if base in results}
     headings = {"prefill_ms": f"prompt {rows}, ms", "decode_ms": "decode, ms", "vision_ms": "vision, ms"}
     console.print(report.table(f"ONNX Runtime, {threads} threads; medians", results, headings))
     console.print_json(data={key: value for key, value in facts.items() if isinstance(value, dict)})
