@@ -105,17 +105,24 @@ class Quality:
         }
 
 
-def held_out(model: Model, pairs: Calibration, progress: Progress = silent) -> HeldOut:
-    """The pairs as questions, answered by the checkpoint. Raises CheckpointError where it gives no numbers."""
+def held_out(model: Model, pairs: Calibration, progress: Progress = silent, *, prompts: bool = False) -> HeldOut:
+    """The pairs as questions, answered by the checkpoint. Raises CheckpointError where it gives no numbers.
+
+    With `prompts` every word after the picture counts, those of the question too: they are harder to guess.
+    """
     pictures = {image: i for i, image in enumerate(sorted({pair.image for pair in pairs.pairs}))}
     shown = sorted(pairs.pairs, key=lambda pair: pair.image)  # as `examples` gives them
     questions = []
     for pair, example in zip(shown, examples(model, pairs, progress=progress), strict=True):
-        embeds, answer = example.embeds, _ended(model, example.ids[example.first_read + 1 :])
+        embeds, first = example.embeds, example.first_read
+        answer = _ended(model, example.ids[first + 1 :])
         if not answer:
             answer = _greedy(model, embeds)
             embeds = torch.cat([embeds, looked_up(model, answer)])
-        questions.append(Question(embeds, example.first_read, answer, pictures[pair.image]))
+        if prompts:
+            after = len(example.ids) - example.ids[::-1].index(model.spec.prompt.image_token_id)
+            first, answer = after - 1, (*example.ids[after : first + 1], *answer)
+        questions.append(Question(embeds, first, answer, pictures[pair.image]))
     packed = _packed(questions)
     language = PackedLanguage(model.checkpoint, model.spec.language, packed, Precision("fp32"), keep=_keep(model))
     log_probs: NDArray[np.float32] = language.logits().log_softmax(-1).numpy()
@@ -148,6 +155,16 @@ def ask(model: Model, held: HeldOut, layer: int = -1) -> Quality:
         exact.append(best.tolist() == list(question.answer))
     tokens, pictures = [len(q.answer) for q in held.questions], [q.picture for q in held.questions]
     return Quality(np.array(kl), np.array(tokens), np.array(agree), np.array(exact), np.array(pictures))
+
+
+def joined(parts: Sequence[Quality]) -> Quality:
+    """Several sets of questions about different pictures as one."""
+    starts = np.cumsum([0, *(part.pictures.max() + 1 for part in parts[:-1])])
+    pictures = np.concatenate([part.pictures + start for part, start in zip(parts, starts, strict=True)])
+    kl, tokens, agree, exact = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("kl", "tokens", "agree", "exact")
+    )
+    return Quality(kl, tokens, agree, exact, pictures)
 
 
 def compared(ours: Quality, theirs: Quality) -> Mapping[str, list[float]]:
