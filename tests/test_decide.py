@@ -14,7 +14,6 @@ from PIL import Image
 
 from checkpoints import TEXTS
 from conftest import MakeTiny
-from vlm_export.algorithms import ALGORITHMS
 from vlm_export.decide import decide, decide_on
 from vlm_export.export import export
 from vlm_export.importance import Example
@@ -142,17 +141,30 @@ def test_the_same_pairs_decide_the_same(make_tiny: MakeTiny, pairs: Calibration,
     json.dumps(first)
 
 
+def test_auto_is_what_each_layer_needs(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
+    model, recipe = load_model(tiny), parse_recipe("language=int4;layers.1=int8")
+    decided = decide(model, recipe, pairs, folder=tmp_path)
+    assert decided.record["algorithm"] == "awq+gptq+smoothquant"
+    layers = decided.record["layers"]
+    assert all("error" in numbers for numbers in layers.values())
+    assert {name for name, numbers in layers.items() if "power" in numbers} >= {
+        f"layers.{i}.mlp.up_proj" for i in (0, 1)
+    }
+    assert decide(model, INT8, pairs, folder=tmp_path).record["algorithm"] == "smoothquant"
+
+
 def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
     model = load_model(tiny)
     for algorithm, recipe, record in (
         ("rtn", INT4, {"algorithm": "rtn"}),
-        ("auto", INT8, {"algorithm": "rtn"}),
         ("auto", parse_recipe("fp16"), {}),
         ("auto", parse_recipe("language=q4_k_m"), {}),
     ):
         decided = decide(model, recipe, pairs, algorithm, folder=tmp_path)
         assert decided.model is model
         assert decided.record == record
+    around_zero = decide(model, INT8, pairs, "auto", symmetric=True, folder=tmp_path)
+    assert around_zero.record == {"algorithm": "rtn"}
     plain = decide(model, INT4, None, "auto", folder=tmp_path)
     assert plain.model is model
     assert "int4 without calibration" in plain.record["notes"][0]
@@ -161,8 +173,9 @@ def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_p
 
 def test_what_cannot_be_is_one_line(tiny: Path, tmp_path: Path) -> None:
     model = load_model(tiny)
-    with pytest.raises(InputError, match=f"unknown algorithm 'best': choose one of {ALGORITHMS[0]}, rtn, awq"):
-        decide(model, INT4, None, "best", folder=tmp_path)
+    for name in ("best", "awq+", "rtn+gptq"):
+        with pytest.raises(InputError, match=r"unknown algorithm '.*': choose one of auto, rtn, awq, gptq, smooth"):
+            decide(model, INT4, None, name, folder=tmp_path)
     with pytest.raises(InputError, match=r"algorithm 'gptq' needs image-text pairs: give --calibration"):
         decide(model, INT4, None, "gptq", folder=tmp_path)
     for algorithm, text, words in (("awq", "int8", "int4"), ("smoothquant", "int4", "int8"), ("gptq", "fp16", "int")):
@@ -191,7 +204,7 @@ def test_an_export_packs_what_was_decided(tiny: Path, pairs: Calibration, tmp_pa
         manifest = export(tiny, "onnx", tmp_path / algorithm, calibration=folder, algorithm=algorithm, **options)
         made[algorithm] = manifest.parts["language_model"]["onnx"].details
     record = made["auto"]["rounding"]
-    assert (record["algorithm"], record["samples"], record["of"]) == ("gptq", 3, 3)
+    assert (record["algorithm"], record["samples"], record["of"]) == ("awq+gptq", 3, 3)
     assert record["sha256"] == pairs.sha256
     assert made["auto"]["grids"] > 0
     assert not made["auto"]["rounded_again"]

@@ -14,10 +14,22 @@ if TYPE_CHECKING:
     from vlm_models.spec import LanguageSpec
     from vlm_quant.calibration import Calibration
 
-ALGORITHMS = ("auto", "rtn", "awq", "gptq", "awq+gptq", "smoothquant")
-BEST = "gptq"  # what "auto" does to int4 layers where there are pairs
+STEPS = {"awq": {4}, "gptq": {4, 8}, "smoothquant": {8}}  # the bits of the layers that each is for
 SAMPLES = 128
-_PLAIN = ("auto", "rtn")
+
+
+def steps(algorithm: str, spec: LanguageSpec, recipe: Recipe, *, calibrated: bool, symmetric: bool) -> frozenset[str]:
+    """What "auto" stands for, or the algorithms of "awq+gptq"; none of them is rounding to nearest.
+
+    int8 layers are smoothed where their inputs are rounded as well, as on grids with zero points (ONNX Runtime).
+    """
+    if algorithm == "rtn":
+        return frozenset()
+    if algorithm != "auto":
+        return frozenset(algorithm.split("+"))
+    bits = rounded_bits(spec, recipe) if calibrated else set()
+    chosen = {"awq", "gptq"} if 4 in bits else set()
+    return frozenset(chosen | {"smoothquant"} if 8 in bits and not symmetric else chosen)
 
 
 def check_algorithm(
@@ -29,18 +41,22 @@ def check_algorithm(
     grids: Collection[str] = ("symmetric",),
 ) -> None:
     """Raise InputError for an algorithm that is none, that lacks pairs, or that has nothing to do on `grids`."""
-    if algorithm not in ALGORITHMS:
-        raise InputError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+    asked = set() if algorithm in ("auto", "rtn") else set(algorithm.split("+"))
+    if asked - set(STEPS):
+        raise InputError(
+            f"unknown algorithm {algorithm!r}: choose one of auto, rtn, {', '.join(STEPS)}, or several as in awq+gptq"
+        )
     if samples < 1:
         raise InputError(f"{samples} calibration samples cannot be: give 1 or more")
-    if algorithm in _PLAIN:
+    if not asked:
         return
     if not grids:
         raise InputError(f"algorithm {algorithm!r} is for none of these targets, which round by types of their own")
-    needed = {8} if algorithm == "smoothquant" else {4} if algorithm == "awq" else {4, 8}
-    if not needed & rounded_bits(spec, recipe):
-        words = " or ".join(f"int{bits}" for bits in sorted(needed))
-        raise InputError(f"algorithm {algorithm!r} has nothing to do: language={recipe.language} has no {words} layers")
+    bits = rounded_bits(spec, recipe)
+    for step in sorted(asked):
+        if not STEPS[step] & bits:
+            words = " or ".join(f"int{one}" for one in sorted(STEPS[step]))
+            raise InputError(f"algorithm {step!r} has nothing to do: language={recipe.language} has no {words} layers")
     if calibration is None:
         raise InputError(f"algorithm {algorithm!r} needs image-text pairs: give --calibration, or --algorithm rtn")
 

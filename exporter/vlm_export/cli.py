@@ -72,8 +72,8 @@ def command(
     algorithm: Annotated[
         str,
         typer.Option(
-            help="How the language model is rounded: auto, rtn (to nearest), awq, gptq, awq+gptq (int4 and int8, by "
-            "the calibration pairs), smoothquant (int8)."
+            help="How the language model is rounded: rtn (to nearest), or by calibration pairs awq (int4), gptq (int4, "
+            "int8), smoothquant (int8), several as in awq+gptq; auto takes what the precision needs."
         ),
     ] = "auto",
     calibration_samples: Annotated[int, typer.Option(help="How many of the pairs are taken at most.")] = SAMPLES,

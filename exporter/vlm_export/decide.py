@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_export.algorithms import BEST, SAMPLES, check_algorithm, form_of, rounded_bits
+from vlm_export.algorithms import SAMPLES, check_algorithm, form_of, rounded_bits, steps
 from vlm_export.importance import Example, examples
 from vlm_export.overlay import Overlay
 from vlm_export.rounding import Rounding
@@ -56,19 +56,22 @@ def decide(
 ) -> Decided:
     """Decide every weight of the language model that `recipe` rounds, on at most `samples` of the pairs.
 
-    `symmetric`: grids around zero, for targets without zero points. `folder` takes the changed tensors (float32) and
-    must live as long as the model. Raises InputError for an unknown algorithm, or one that needs pairs without them.
+    `algorithm`: "auto", "rtn" (to nearest), or one or more of `algorithms.STEPS` as in "awq+gptq". `symmetric`: grids
+    around zero, for targets without zero points. `folder` takes the changed tensors (float32) and must live as long as
+    the model. Raises InputError for an unknown algorithm, one without pairs, and one that has nothing to do.
     """
     check_algorithm(algorithm, model.spec.language, recipe, calibration, samples)
     began, bits = time.perf_counter(), rounded_bits(model.spec.language, recipe)
     if not bits:
         return Decided(model, {})
-    name = algorithm if algorithm != "auto" else BEST if 4 in bits and calibration is not None else "rtn"
-    if name == "rtn" or calibration is None:
+    calibrated, language = calibration is not None, model.spec.language
+    chosen = steps(algorithm, language, recipe, calibrated=calibrated, symmetric=symmetric)
+    if not chosen or calibration is None:
         missing = algorithm == "auto" and 4 in bits
         return Decided(model, {"algorithm": "rtn", **({"notes": [_UNCALIBRATED]} if missing else {})})
     drawn = sample(calibration, samples, seed)
     shown = examples(model, drawn, progress=progress)
+    name = "+".join(sorted(chosen))
     changed, layers = decide_on(model, recipe, shown, name, symmetric=symmetric, folder=folder, progress=progress)
     record = {
         "algorithm": name,
