@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from vlm_bench import report
 from vlm_bench.genai import write_text_model
-from vlm_export.decide import SAMPLES, decide
+from vlm_export.algorithms import SAMPLES
+from vlm_export.decide import decide
 from vlm_export.importance import examples
 from vlm_export.quality import Quality, ask, compared, held_out
 from vlm_export.simulate import simulate

@@ -58,7 +58,7 @@ def export(
     target's own type as in "language=q4_k_m".
     `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
     `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
-    by default the checkpoint's own folder calibration/ where it has one. `algorithm` (one of `algorithms.ALGORITHMS`)
+    by default the checkpoint's own folder calibration/ where it has one. `algorithm` (see `vlm_export.decide`)
     rounds the language model on at most `calibration_samples` of them, drawn by `seed`. `gguf_tokenizer` "none" leaves
     the vocabulary out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state,
     `coreml_layout` "ane" puts channels first. `progress(stage, done, of)` is called all along.
