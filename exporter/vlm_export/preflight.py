@@ -114,10 +114,12 @@ def weights(model: Model, part: str, *, embedding: bool = False) -> int:
     return sum(_sizes(model, part, embedding).values())
 
 
-def weight_bytes(model: Model, part: str, recipe: Recipe, per_weight: Callable[[Precision], float]) -> float:
+def weight_bytes(
+    model: Model, part: str, recipe: Recipe, per_weight: Callable[[Precision], float], *, embedding: bool = False
+) -> float:
     """Bytes of a part whose layers have their own precisions, of which `per_weight` says what one weight takes."""
     precision: Precision = getattr(recipe, PARTS[part])
-    return sum(size * per_weight(precision.at(layer)) for layer, size in _sizes(model, part, False).items())
+    return sum(size * per_weight(precision.at(layer)) for layer, size in _sizes(model, part, embedding).items())
 
 
 def _sizes(model: Model, part: str, embedding: bool) -> dict[str, int]:

@@ -15,9 +15,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import Architecture, Value
-from vlm_export.gguf.blocks import block, ggml_type, largest, to_blocks
+from vlm_export.gguf.blocks import block, ggml_type, grid_of_blocks, grid_to_blocks, largest, to_blocks
 from vlm_export.gguf.tensors import HEAD, TOKEN_EMBEDDING, Tensor
 from vlm_export.target import Progress
+from vlm_models.checkpoint import Grid
 from vlm_models.errors import BundleError, CheckError, CheckpointError, RecipeError
 from vlm_quant.affine import widen
 from vlm_quant.gguf_types import GgufType
@@ -30,10 +31,15 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file holds: the ggml type of each tensor ("q8_0"), and why some did not take the type asked for."""
+    """What a file holds: the ggml type of each tensor ("q8_0"), and why some did not take the type asked for.
+
+    The integers of `grids` are a quantizer's; tensors of `rounded_again` stood on a grid that has no such form.
+    """
 
     types: Mapping[str, str]
     fallbacks: Mapping[str, str]
+    grids: tuple[str, ...] = ()
+    rounded_again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,24 +60,30 @@ def write_gguf(
     type: GgufType,
     tokenizer_fields: Mapping[str, Value],
     *,
+    own: Mapping[str, str] | None = None,
     progress: Progress,
 ) -> FileFacts:
     """Write `tensors` at the direct type `type`; `fields` are keys of ours and general.* beside the architecture's.
 
-    The matrices take the type, but the head and the embedding table keep q8_0 under 4- and 5-bit types, and rows that
-    are no multiple of the type's block are f16, which is a fallback. All else is f32. The file is read back.
+    The matrices take the type, those of `own` the ggml type named there. Without one, the head and the embedding table
+    keep q8_0 under 4- and 5-bit types. Rows that are no multiple of the type's block are f16, which is a fallback. All
+    else is f32. The file is read back.
     Raises RecipeError for weights beyond the type's range, CheckpointError for weights that are not finite.
     """
     assert type.direct, type.name
-    chosen = {tensor.name: _choose(tensor, type) for tensor in tensors}
+    chosen = {tensor.name: _choose(tensor, type, (own or {}).get(tensor.name)) for tensor in tensors}
     types = {name: kind for name, (kind, _) in chosen.items()}
     general: dict[str, Value] = {"general.type": "model", "general.file_type": type.file_type}
-    if type.bits < 16:
+    if any(block(name)[0] > 1 for name in types.values()):
         general["general.quantization_version"] = _QUANTIZATION_VERSION
     start = _write_header(path, arch.name, {**general, **fields, **arch.fields, **tokenizer_fields}, tensors, types)
     _write_tensors(path, list(_places(tensors, types, start)), progress)
     checked(path, {tensor.name: tensor.shape for tensor in tensors}, types)
-    return FileFacts(types, {name: reason for name, (_, reason) in chosen.items() if reason})
+    fallbacks = {name: reason for name, (_, reason) in chosen.items() if reason}
+    on_grid = {tensor.name: _grid(tensor, types[tensor.name]) for tensor in tensors if tensor.grid is not None}
+    packed = tuple(name for name, grid in on_grid.items() if grid is not None)
+    again = tuple(name for name in on_grid if name not in packed and block(types[name])[0] > 1)
+    return FileFacts(types, fallbacks, packed, again)
 
 
 def checked(
@@ -98,15 +110,19 @@ def checked(
     return names
 
 
-def _choose(tensor: Tensor, type: GgufType) -> tuple[str, str]:
+def _choose(tensor: Tensor, type: GgufType, own: str | None) -> tuple[str, str]:
     """The ggml type of a tensor, and the reason where that is a fallback."""
     if not tensor.matrix:
         return "f32", ""
-    name = "q8_0" if type.bits < 8 and tensor.name in (TOKEN_EMBEDDING, HEAD) else type.name
+    name = own or ("q8_0" if type.bits < 8 and tensor.name in (TOKEN_EMBEDDING, HEAD) else type.name)
     weights, columns = block(name)[0], tensor.shape[-1]
     if columns % weights:
         return "f16", f"f16: its rows of {columns} weights are not a multiple of {name}'s blocks of {weights}"
     return name, ""
+
+
+def _grid(tensor: Tensor, name: str) -> Grid | None:
+    return None if tensor.grid is None else grid_of_blocks(tensor.grid, name, tensor.shape[-1])
 
 
 def _row_bytes(tensor: Tensor, name: str) -> int:
@@ -179,7 +195,7 @@ def _spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _write_rows(file: int, place: _Place, start: int, stop: int) -> None:
-    rows = _converted(place, place.tensor.read(start, stop))
+    rows = _converted(place, place.tensor.read(start, stop), start)
     data = memoryview(cast(Any, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
     assert len(data) == (stop - start) * place.row_bytes, place.tensor.name
     offset = place.offset + start * place.row_bytes
@@ -188,14 +204,16 @@ def _write_rows(file: int, place: _Place, start: int, stop: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _converted(place: _Place, rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows as they stand in the file."""
+def _converted(place: _Place, rows: NDArray[Any], start: int) -> NDArray[Any]:
+    """Rows `start`… as they stand in the file."""
     tensor, kind = place.tensor, place.type
     if tensor.dtype.lower() == kind:
         return rows
     values = rows if rows.dtype == np.float32 else widen(rows)
     if kind != "f32":
         _check_range(tensor, kind, values)
+        if (grid := _grid(tensor, kind)) is not None:
+            return grid_to_blocks(values, kind, grid.rows(start, start + len(values)))
         return to_blocks(values, kind)
     return values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.gguf.blocks import block, ggml_type
 from vlm_export.gguf.file import FileFacts, checked
 from vlm_export.gguf.tensors import gguf_name
 from vlm_export.target import Progress
@@ -37,12 +39,14 @@ def quantize_gguf(
     importance: Mapping[str, npt.NDArray[np.float32]] | None,
     spec: LanguageSpec,
     *,
+    own: Mapping[str, str] | None = None,
     threads: int,
     progress: Progress,
 ) -> FileFacts:
     """Write `out`: the f32, f16 or bf16 GGUF `source` at `type`, by llama.cpp's quantizer.
 
-    `importance`: mean squared inputs (columns,) by the checkpoint's canonical tensor names; None weighs all alike. The
+    `importance`: mean squared inputs (columns,) by the checkpoint's canonical tensor names; None weighs all alike.
+    `own`: other ggml types ("q6_k") of single tensors, which llama.cpp takes for files of a quantized type alone. The
     result is opened again and its tensors compared with those of `source`; rows that no block of the type divides are
     stored as another type, named in the facts. Raises CheckError with llama.cpp's reason where it fails, and leaves no
     file behind then.
@@ -51,12 +55,17 @@ def quantize_gguf(
     named = _by_gguf_name(importance or {}, spec, shapes)
     weighed = {name: vector for name, vector in named.items() if type.direct or not _rounded(type, vector.size)}
     try:
-        _run(source, out, type, weighed, threads, progress)
+        _run(source, out, type, weighed, own or {}, threads, progress)
         types = checked(out, shapes)
+        fallbacks = _fallbacks(shapes, types, type)
+        for name, kind in (own or {}).items():
+            fallbacks.pop(name, None)
+            if types[name] != kind:
+                fallbacks[name] = _other(name, types[name], kind, shapes[name][-1])
     except BaseException:
         out.unlink(missing_ok=True)
         raise
-    return FileFacts(types, _fallbacks(shapes, types, type))
+    return FileFacts(types, fallbacks)
 
 
 def _by_gguf_name(
@@ -88,6 +97,7 @@ def _run(
     out: Path,
     type: GgufType,
     importance: Mapping[str, npt.NDArray[np.float32]],
+    own: Mapping[str, str],
     threads: int,
     progress: Progress,
 ) -> None:
@@ -101,6 +111,11 @@ def _run(
         entry.data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     if importance:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data))
+    overrides = (library.llama_model_tensor_override * (len(own) + 1))()  # it, too, ends with zeros
+    for override, (name, kind) in zip(overrides, own.items(), strict=False):
+        override.pattern, override.type = f"^{re.escape(name)}$".encode(), int(ggml_type(kind))
+    if own:
+        params.tt_overrides = ctypes.cast(overrides, ctypes.POINTER(library.llama_model_tensor_override))
     codes: list[int] = []
 
     def work() -> None:
@@ -121,6 +136,13 @@ def _run(
             "free some disk and memory, or choose another precision"
         )
     progress("quantize", total, total)
+
+
+def _other(name: str, kind: str, asked: str, columns: int) -> str:
+    """Why a tensor is not of its own type. Raises CheckError where its rows are no reason."""
+    if columns % block(asked)[0]:
+        return f"{kind} instead of {asked}: rows of {columns} weights are no multiple of blocks of {block(asked)[0]}"
+    raise CheckError(f"llama.cpp made {name} {kind} instead of {asked}: choose another precision for it")
 
 
 def _fallbacks(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], type: GgufType) -> dict[str, str]:

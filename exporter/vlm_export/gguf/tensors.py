@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import graph_of, query_scale, rope_factors
-from vlm_models.checkpoint import Checkpoint
+from vlm_models.checkpoint import Checkpoint, Grid
 from vlm_models.errors import CheckpointError
 from vlm_models.model import language_tensors
 from vlm_models.spec import LanguageSpec, VLMSpec
@@ -53,7 +53,7 @@ class Tensor:
     """One tensor of the file. `shape` is (rows, columns) or (size,); `dtype` that of what `read(start, stop)` gives.
 
     `source` is the checkpoint's canonical name, empty for a computed tensor; `matrix` says that it may be quantized.
-    `release()` drops the checkpoint's pages.
+    `release()` drops the checkpoint's pages. `grid` are the values on which the rows have been put already.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Tensor:
     source: str
     read: Read
     release: Callable[[], None]
+    grid: Grid | None = None
 
 
 def tensors(checkpoint: Checkpoint, spec: VLMSpec) -> list[Tensor]:
@@ -95,21 +96,24 @@ def exact_type(tensors: list[Tensor]) -> str:
 
 def _stored(checkpoint: Checkpoint, language: LanguageSpec, source: str, shape: tuple[int, ...]) -> Tensor:
     matrix, dtype = len(shape) > 1, checkpoint.dtype(source)
-    read, scale = _rows(checkpoint, source), query_scale(language)
+    read, scale, grid = _rows(checkpoint, source), query_scale(language), checkpoint.grid(source)
     kind = source.rsplit(".", 2)[-2]
     if graph_of(language).interleaved and kind in ("q_proj", "k_proj"):
         read = _interleaved(checkpoint, source, language.head_dim)
+        if grid is not None and matrix:
+            grid = _ordered(grid, _neighbours(np.arange(shape[0]), language.head_dim))
     if "norm" in kind and language.norm_offset:
         read = _mapped(read, lambda rows: rows + np.float32(language.norm_offset))
     if scale != 1.0:
         if kind == ("q_norm" if language.qk_norm else "q_proj"):
             read, dtype = _mapped(read, lambda rows: rows * np.float32(scale)), "F32"
+            grid = None if grid is None else replace(grid, scales=grid.scales * np.float32(scale))
         elif kind == "qkv_proj":
-            read, dtype = _scaled_queries(read, language.heads * language.head_dim, scale), "F32"
+            read, dtype, grid = _scaled_queries(read, language.heads * language.head_dim, scale), "F32", None
     if not matrix:
         read, dtype = _mapped(read, lambda rows: rows), "F32"
     name = gguf_name(source, language)
-    return Tensor(name, shape, dtype, matrix, source, read, lambda: checkpoint.release(source))
+    return Tensor(name, shape, dtype, matrix, source, read, lambda: checkpoint.release(source), grid)
 
 
 def _computed(name: str, values: NDArray[np.float32]) -> Tensor:
@@ -129,12 +133,21 @@ def _interleaved(checkpoint: Checkpoint, source: str, head_dim: int) -> Read:
     """Rows of each head reordered from halves 0 1 2 … | 0' 1' 2' … to neighbours 0 0' 1 1' 2 2' …"""
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        row = np.arange(start, stop)
-        head, channel = np.divmod(row, head_dim)
-        rows: NDArray[Any] = checkpoint.rows(source)[head * head_dim + channel % 2 * (head_dim // 2) + channel // 2]
+        rows: NDArray[Any] = checkpoint.rows(source)[_neighbours(np.arange(start, stop), head_dim)]
         return rows
 
     return read
+
+
+def _neighbours(row: NDArray[np.intp], head_dim: int) -> NDArray[np.intp]:
+    """The checkpoint's row that becomes `row`."""
+    head, channel = np.divmod(row, head_dim)
+    found: NDArray[np.intp] = head * head_dim + channel % 2 * (head_dim // 2) + channel // 2
+    return found
+
+
+def _ordered(grid: Grid, rows: NDArray[np.intp]) -> Grid:
+    return replace(grid, scales=grid.scales[rows], zeros=None if grid.zeros is None else grid.zeros[rows])
 
 
 def _scaled_queries(read: Read, queries: int, scale: float) -> Read:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.gguf.architecture import architecture, embed_scale, inexact
 from vlm_export.gguf.file import FileFacts, write_gguf
+from vlm_export.gguf.layers import direct, kept, tensor_types
 from vlm_export.gguf.mmproj import unsupported, write_mmproj
 from vlm_export.gguf.mtmd import measure_mmproj
 from vlm_export.gguf.quantize import quantize_gguf
@@ -16,13 +18,13 @@ from vlm_export.gguf.served_template import served_template
 from vlm_export.gguf.tensors import exact_type, tensors
 from vlm_export.gguf.tokenizer import tokenizer_fields
 from vlm_export.importance import SAMPLES, importance
-from vlm_export.preflight import weights
+from vlm_export.preflight import weight_bytes, weights
 from vlm_export.target import Job
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
 from vlm_quant.calibration import sample
 from vlm_quant.gguf_types import GGUF_TYPES, gguf_type
-from vlm_quant.recipe import Recipe, refuse_rules
+from vlm_quant.recipe import Recipe
 from vlm_runtime.llama import library
 from vlm_runtime.manifest import Part
 
@@ -32,23 +34,26 @@ if TYPE_CHECKING:
 ENGINE = "gguf"
 ENGINES = {"vision_encoder": "onnx", "projector": "onnx", "language_model": ENGINE}
 RUN_BY = (ENGINE,)
+GRIDS = "own"
 LANGUAGE_MODEL, MMPROJ = f"{ENGINE}/language_model.gguf", f"{ENGINE}/mmproj.gguf"
 
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
     """llama.cpp at the version known to agree, a type it has, an architecture whose graph computes this model."""
-    refuse_rules(recipe, parts, "gguf")
-    gguf_type(recipe.language)
     architecture(spec.language, max_context)
+    tensor_types(recipe.language, spec.language)
     library()
 
 
 def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
     """The language model, the exact copy of it that a quantizer reads, and the mmproj."""
-    kind, half = gguf_type(recipe.language), 2.0
-    copy = 0.0 if kind.direct else GGUF_TYPES[exact_type(tensors(model.checkpoint, model.spec))].bits / 8
+    half, copy = 2.0, 0.0
+    if not direct(recipe.language):
+        copy = GGUF_TYPES[exact_type(tensors(model.checkpoint, model.spec))].bits / 8
     towers = weights(model, "vision_encoder") + weights(model, "projector")
-    return weights(model, "language_model", embedding=True) * (kind.bits / 8 + copy) + towers * half
+    return towers * half + weight_bytes(
+        model, "language_model", recipe, lambda layer: gguf_type(layer).bits / 8 + copy, embedding=True
+    )
 
 
 def build(job: Job) -> dict[str, Part]:
@@ -61,18 +66,22 @@ def build(job: Job) -> dict[str, Part]:
     vocabulary = {**words.values, "tokenizer.chat_template": template}
     kind, arch = gguf_type(job.recipe.language), architecture(spec.language, job.max_context)
     weights, path = tensors(model.checkpoint, spec), job.root / LANGUAGE_MODEL
+    precision, own = job.recipe.language, tensor_types(job.recipe.language, spec.language)
     calibrated: dict[str, Any] = {}
-    if kind.direct:
-        facts = write_gguf(path, arch, mark, weights, kind, vocabulary, progress=job.progress)
+    if direct(precision):
+        facts = write_gguf(path, arch, mark, weights, kind, vocabulary, own=own, progress=job.progress)
     else:
         exact = path.with_suffix(".exact.gguf")
         write_gguf(exact, arch, mark, weights, GGUF_TYPES[exact_type(weights)], vocabulary, progress=job.progress)
         matter, calibrated = _importance(job)
         threads = os.cpu_count() or 1
-        facts = quantize_gguf(exact, path, kind, matter, spec.language, threads=threads, progress=job.progress)
+        facts = quantize_gguf(exact, path, kind, matter, spec.language, own=own, threads=threads, progress=job.progress)
         exact.unlink()
+        facts = replace(facts, rounded_again=tuple(tensor.name for tensor in weights if tensor.grid is not None))
+    left = kept(precision, facts.types, facts.fallbacks, spec.language.tied)
     details = {
         **_facts(facts),
+        "kept": left,
         **calibrated,
         "architecture": arch.name,
         "embed_scale": embed_scale(spec.language),
@@ -86,12 +95,13 @@ def build(job: Job) -> dict[str, Part]:
         files.append(MMPROJ)
     else:
         details["no_mmproj"] = reason
-    notes = [*_notes(facts, kind.name, calibrated, kind.direct), *words.details.get("notes", [])]
+    notes = [*_notes(facts, kind.name, calibrated, direct(precision), left), *words.details.get("notes", [])]
     if less := inexact(spec.language):
         notes.append(less)
     if reason is not None:
         notes.append(f"no mmproj for llama.cpp's own tools: {reason}")
-    return {"language_model": Part(LANGUAGE_MODEL, tuple(files), kind.name, {**details, "notes": notes})}
+    described = str(replace(precision, format=kind.name))
+    return {"language_model": Part(LANGUAGE_MODEL, tuple(files), described, {**details, "notes": notes})}
 
 
 def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[str, Any]:
@@ -114,10 +124,15 @@ def _importance(job: Job) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
 
 
 def _facts(facts: FileFacts) -> dict[str, Any]:
-    return {"tensors": dict(Counter(facts.types.values())), "fallbacks": dict(facts.fallbacks)}
+    found: dict[str, Any] = {"tensors": dict(Counter(facts.types.values())), "fallbacks": dict(facts.fallbacks)}
+    if facts.grids or facts.rounded_again:
+        found |= {"grids": len(facts.grids), "rounded_again": list(facts.rounded_again)}
+    return found
 
 
-def _notes(facts: FileFacts, kind: str, calibrated: Mapping[str, Any], direct: bool) -> list[str]:
+def _notes(
+    facts: FileFacts, kind: str, calibrated: Mapping[str, Any], direct: bool, left: Mapping[str, str]
+) -> list[str]:
     """Sentences for the console."""
     notes = []
     if not direct and not calibrated:
@@ -125,6 +140,7 @@ def _notes(facts: FileFacts, kind: str, calibrated: Mapping[str, Any], direct: b
             f"{kind} without calibration: errors are not weighed by what pictures and questions need; "
             "give --calibration with image-text pairs"
         )
-    for reason, count in Counter(facts.fallbacks.values()).items():
+    told = [reason for name, reason in facts.fallbacks.items() if name not in left]
+    for reason, count in Counter(told).items():
         notes.append(f"{count} tensor{'s are' if count > 1 else ' is'} {reason}")
     return notes
