@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,16 @@ import torch
 from PIL import Image
 
 from conftest import MakeTiny
-from vlm_export import recommend
+from exporting import command
+from vlm_export import export, goal, recommend
 from vlm_export.budget import Point, front, parse_size, path, within_budget, within_kl
 from vlm_export.importance import examples
 from vlm_export.quality import HeldOut, Quality, ask, compared, held_out
 from vlm_export.sensitivity import Effect, Group, effects, fixed_bytes, groups, recipe_of
 from vlm_export.simulate import EMBEDDING, Rounding, decoder_linears, rounded, rounding, simulate
-from vlm_export.target import Job, find_target
+from vlm_export.target import Job, find_target, silent
 from vlm_models.demo import scenes
-from vlm_models.errors import CheckError, InputError, RecipeError
+from vlm_models.errors import CheckError, DependencyError, InputError, RecipeError
 from vlm_models.model import Model, load_model
 from vlm_quant.affine import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from vlm_quant.calibration import Calibration, read_pairs
@@ -350,3 +353,71 @@ def test_goals_that_cannot_be_are_one_line(tiny: Path, pairs: Calibration) -> No
         recommend.recommend(model, None)
     with pytest.raises(InputError, match="at least 4 pictures that differ, here are 3"):
         recommend.recommend(model, pairs)
+
+
+def test_the_command_measures_recommends_and_writes(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scenes.write_pairs(tmp_path / "pairs", 6)
+    run, checkpoint, output = command(monkeypatch, capfd), make_tiny(), tmp_path / "report"
+    goals = ("--sensitivity", "--calibration", tmp_path / "pairs", "--algorithm", "rtn", "--max-kl", "0.001")
+    ran = run(checkpoint, *goals, "-o", output)
+    assert ran.code == 0, ran.err
+    recipe = (output / "recipe.txt").read_text().strip()
+    told = json.loads((output / "sensitivity.json").read_text())
+    assert told["recommended"]["recipe"] == recipe
+    assert told["recommended"]["kl"] <= 0.001
+    assert f"--precision '{recipe}'" in ran.out
+    assert "lm_head" in ran.out
+    with Image.open(output / "sensitivity.png") as picture:
+        assert picture.width > 1000
+        assert len(np.unique(np.asarray(picture))) > 10  # something is drawn
+    assert json.loads(run(checkpoint, *goals, "--json").out)["recommended"]["recipe"] == recipe
+
+
+def test_precision_auto_is_what_sensitivity_recommends(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def found(model: Model, calibration: Calibration | None, **rest: Any) -> Any:
+        given.update(rest, pairs=calibration)
+        return SimpleNamespace(point=SimpleNamespace(recipe=parse_recipe("language=int8;lm_head=int4")))
+
+    def build(job: Job) -> None:
+        raise InterruptedError(str(job.recipe))
+
+    monkeypatch.setattr(recommend, "recommend", found)
+    monkeypatch.setattr(find_target("onnx"), "build", build)
+    scenes.write_pairs(tmp_path / "pairs", 4)
+    wishes = {"precision": "auto", "budget": "1MB", "calibration": tmp_path / "pairs", "algorithm": "rtn", "seed": 3}
+    with pytest.raises(InterruptedError, match=r"^vision=fp16,projector=fp16,language=int8;lm_head=int4:g32$"):
+        export(make_tiny(), "onnx", tmp_path / "bundle", check=False, **wishes)  # type: ignore[arg-type]
+    assert (given["budget"], given["max_kl"], given["seed"], given["algorithm"]) == ("1MB", None, 3, "rtn")
+    assert len(given["pairs"].pairs) > 20
+
+
+def test_flags_that_contradict_each_other_are_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = command(monkeypatch, capfd)
+    for flags, said in (
+        (("--sensitivity", "--target", "onnx"), "--sensitivity exports nothing: leave out --target"),
+        (("--sensitivity", "--precision", "int4"), "tries every precision: leave out --precision int4"),
+        (("--sensitivity",), "measured on image-text pairs: give --calibration"),
+        (("--target", "onnx", "-o", tmp_path / "o", "--budget", "1MB"), "here is one already, 'fp16'"),
+        (("--target", "onnx", "-o", tmp_path / "o", "--precision", "auto"), "give --calibration"),
+        (("-o", tmp_path / "o"), "no target given"),
+        (("--target", "onnx"), "no output folder given"),
+    ):
+        ran = run(tiny, *flags)
+        assert ran.code == 2, ran.err
+        assert said in ran.err
+        assert len(ran.err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_without_matplotlib_nothing_is_measured(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DependencyError, match=r"needs matplotlib: pip install 'vlm-export\[sensitivity\]'"):
+        goal.measured(str(tiny), None, tmp_path, "fp16", None, None, None, "rtn", 8, 0, silent)

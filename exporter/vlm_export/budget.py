@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_export.goal import MAX_KL
 from vlm_export.quality import Quality
 from vlm_export.sensitivity import Choice, Effect, Group, recipe_of
 from vlm_export.table import size
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.recipe import Recipe
 
-MAX_KL = 0.05
-"""Nats per answer token that a recommended recipe may lose unless something else is asked for."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 

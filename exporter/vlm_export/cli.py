@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vlm_export import goal
 from vlm_export.algorithms import SAMPLES
 from vlm_export.export import export
+from vlm_export.goal import MAX_KL
 from vlm_export.table import Stages, notes, parity_table, size
 from vlm_models.command import run
-from vlm_models.errors import BundleError, CheckError
+from vlm_models.errors import BundleError, CheckError, InputError
 from vlm_runtime.manifest import Manifest, read_manifest
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -32,6 +34,7 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 * `vlm-export ./checkpoint --target onnx -o small --precision int4`
 * `vlm-export ./checkpoint --target onnx -o mixed --precision language=int4:g128,vision=int8`
 * `vlm-export ./checkpoint --target gguf -o phone --precision language=q4_k_m --calibration pictures/`
+* `vlm-export ./checkpoint --sensitivity --budget 120MB -o report` (which layers can take fewer bits)
 * then: `vlm-run llava-onnx --image cat.png "What is this?"`
 
 **Exit codes:** 0 done; 1 written, but too far from the checkpoint; 2 bad input, nothing written;
@@ -45,20 +48,20 @@ def command(
         str, typer.Argument(help="The model: a Hugging Face folder with config.json, or a hub id like org/model.")
     ],
     target: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--target", "-t", help="What to export to (onnx, gguf); repeat for several in one bundle."),
-    ],
+    ] = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "-o", help="A new folder, or a bundle of the same checkpoint that gets the target too."
         ),
-    ],
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(
             help="fp32, fp16, int8, int4, or by part: language=int4:g128,vision=int8,projector=fp16; "
-            "for gguf also its own types: language=q4_k_m."
+            "for gguf also its own types: language=q4_k_m; auto: what --sensitivity recommends."
         ),
     ] = "fp16",
     calibration: Annotated[
@@ -78,6 +81,24 @@ def command(
     ] = "auto",
     calibration_samples: Annotated[int, typer.Option(help="How many of the pairs are taken at most.")] = SAMPLES,
     seed: Annotated[int, typer.Option(help="Which of them.")] = 0,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Export nothing: measure every group of layers at every precision and recommend a recipe; "
+            "tables, JSON and a picture go to -o.",
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(help="For --sensitivity and --precision auto: the best within a size, as 120MB.")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            show_default=f"{MAX_KL:g}",
+            help="For --sensitivity and --precision auto: the smallest that loses at most so many nats a token.",
+        ),
+    ] = None,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -105,6 +126,16 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
     console, began = Console(stderr=True), time.perf_counter()
+    if sensitivity:
+        with Stages(console, shown=not (as_json or quiet)) as stages:
+            found = goal.measured(
+                checkpoint, target, output, precision, calibration, budget, max_kl, algorithm, calibration_samples,
+                seed, stages,
+            )  # fmt: skip
+        goal.show(found, output, as_json=as_json, quiet=quiet)
+        return
+    if not target or output is None:
+        raise InputError(f"{'no target' if not target else 'no output folder'} given: --target NAME -o FOLDER")
     missed: CheckError | None = None
     with Stages(console, shown=not (as_json or quiet)) as stages:
         try:
@@ -120,6 +151,8 @@ def command(
                 algorithm=algorithm,
                 calibration_samples=calibration_samples,
                 seed=seed,
+                budget=budget,
+                max_kl=max_kl,
                 gguf_tokenizer=gguf_tokenizer,  # type: ignore[arg-type]  # refused there
                 coreml_kv=coreml_kv,  # type: ignore[arg-type]
                 coreml_layout=coreml_layout,  # type: ignore[arg-type]

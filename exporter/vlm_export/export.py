@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_export import golden, parity, preflight, shared, write
+from vlm_export import goal, golden, parity, preflight, shared, write
 from vlm_export.algorithms import SAMPLES, check_algorithm
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.calibration import Calibration, read_pairs
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Recipe, parse_recipe
+from vlm_quant.recipe import Recipe
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.engine import find_engine
 from vlm_runtime.manifest import Manifest, Part
@@ -46,6 +46,8 @@ def export(
     algorithm: str = "auto",
     calibration_samples: int = SAMPLES,
     seed: int = 0,
+    budget: str | None = None,
+    max_kl: float | None = None,
     gguf_tokenizer: Literal["checked", "none"] = "checked",
     coreml_kv: Literal["state", "io"] = "state",
     coreml_layout: Literal["plain", "ane"] = "plain",
@@ -55,7 +57,7 @@ def export(
 
     `checkpoint`: a Hugging Face folder or hub id. `output`: a new folder, or a bundle of the same checkpoint to which
     targets are added. `precision`: "fp32", "fp16", "int8", "int4", parts as in "language=int4:g128,vision=int8", or a
-    target's own type as in "language=q4_k_m".
+    target's own type as in "language=q4_k_m"; "auto" takes what `recommend` finds for `budget` or `max_kl`.
     `max_context`: positions of prompt and answer together (by default the model's, up to 4096). `check` runs
     `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
     by default the checkpoint's own folder calibration/ where it has one. `algorithm` (see `vlm_export.decide`)
@@ -67,7 +69,7 @@ def export(
     then written all the same, with `passed: false` in its manifest.
     """
     chosen = {name: find_target(name) for name in ([targets] if isinstance(targets, str) else targets)}
-    recipe, output = parse_recipe(precision), Path(output).expanduser()
+    asked, output = goal.asked(precision, budget, max_kl), Path(output).expanduser()
     for what, given, allowed in (
         ("GGUF tokenizer", gguf_tokenizer, ("checked", "none")),
         ("Core ML KV cache", coreml_kv, ("state", "io")),
@@ -76,6 +78,8 @@ def export(
         if given not in allowed:
             raise InputError(f"unknown {what} {given!r}: choose one of {', '.join(allowed)}")
     model = _load(checkpoint, output, chosen)
+    pairs = _calibration(model, calibration)
+    recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
     steps = _steps(chosen, recipe, base)
@@ -85,7 +89,6 @@ def export(
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
     preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None))
-    pairs = _calibration(model, calibration)
     check_algorithm(algorithm, model.spec.language, recipe, pairs, calibration_samples, _grids(steps))
     preflight.finite(model.checkpoint, progress)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export import budget as budgets
-from vlm_export.budget import MAX_KL, Point
+from vlm_export.budget import Point
 from vlm_export.decide import decide
+from vlm_export.goal import MAX_KL
 from vlm_export.quality import HeldOut, ask, held_out
 from vlm_export.sensitivity import Effect, effects, fixed_bytes, groups
 from vlm_export.simulate import simulate
