@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from vlm_models.errors import RecipeError
 from vlm_models.spec import LanguageSpec
 from vlm_quant.recipe import PARTS, Precision
 
 HEAD = "lm_head"
+_TOLD = 3  # reasons on the console
 _PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -36,3 +39,14 @@ def kept(asked: Precision, layer: Precision) -> str:
     """Why a layer of a part of integers stays in floats by a rule; empty where it does not."""
     whole = asked.weights in ("int8", "int4", "int3", "int2")
     return f"{layer}: asked for by a rule" if whole and layer.weights in ("fp32", "fp16") else ""
+
+
+def kept_note(part: str, precision: Precision, kept: Mapping[str, str]) -> list[str]:
+    """One line for the console on what is not as the recipe's word says, and why; none where everything is."""
+    if not kept:
+        return []
+    reasons = Counter(kept.values())
+    told = [f"{count} {reason}" for reason, count in reasons.most_common(_TOLD)]
+    more = f"; {len(reasons) - _TOLD} more reasons in manifest.json" if len(reasons) > _TOLD else ""
+    whole = replace(precision, rules=())
+    return [f"{part}: {len(kept)} tensor{'s are' if len(kept) > 1 else ' is'} not {whole}: {'; '.join(told)}{more}"]

@@ -63,3 +63,19 @@ def coreml_type(precision: Precision, part: str) -> CoreMLType:
             f"choose of fp32, fp16, int8, int4, {', '.join(allowed)}"
         )
     return found
+
+
+def check_coreml(precision: Precision, part: str) -> None:
+    """Raise RecipeError for types that `part` cannot take, and for rules that one program cannot hold.
+
+    Integers may stand beside integers and floats of the program's one type, not beside palettes or rounded activations.
+    """
+    coreml_type(precision, part)
+    own_float = "fp32" if precision.weights == "fp32" else "fp16"
+    words = (own_float, "int8", "int4")
+    for pattern, rule in precision.rules:
+        if precision.format or rule.format or rule.weights not in words:
+            raise RecipeError(
+                f"rule {pattern}={rule} cannot be in a Core ML {part} at {precision.format or precision.weights}: "
+                f"rules take {', '.join(words)}, in parts of these"
+            )

@@ -8,23 +8,32 @@ and a record of whatever was kept. Palettes and rounded activations are coremlto
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlm_export.coreml.activations import Observe, Samples, round_activations
 from vlm_export.coreml.layers import SMALL, Constants, Layer, constants
 from vlm_export.coreml.sdk import coremltools, quiet
+from vlm_export.rules import check_rules, kept
 from vlm_export.target import Progress, silent
-from vlm_models.errors import RecipeError
+from vlm_models.checkpoint import Grid
+from vlm_models.errors import CheckpointError, RecipeError
 from vlm_quant.blockwise import quantize_blocks
-from vlm_quant.coreml_types import CoreMLType, coreml_type
+from vlm_quant.coreml_types import CoreMLType, check_coreml, coreml_type
+from vlm_quant.grid import integers, regrouped
+from vlm_quant.grid import scales as scales_of
 from vlm_quant.recipe import Precision
 
 _FINEST = 8  # columns: finer int4 blocks would take more than int8 does
 _TINY = float(np.finfo(np.float16).smallest_normal)
+
+
+Named = tuple[str, Grid | None]
+"""What rules call the layer of a constant, and the values on which its weight has been put already."""
 
 
 @dataclass
@@ -35,6 +44,8 @@ class Tally:
     reblocked: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     subnormal: int = 0
+    grids: int = 0
+    rounded_again: list[str] = field(default_factory=list)
 
     def details(self) -> dict[str, Any]:
         """Plain values for `Part.details`."""
@@ -43,6 +54,8 @@ class Tally:
             details["reblocked"] = dict(self.reblocked)
         if self.subnormal:
             details["subnormal_scales"] = self.subnormal
+        if self.grids or self.rounded_again:
+            details |= {"grids": self.grids, "rounded_again": list(self.rounded_again)}
         return details
 
 
@@ -51,6 +64,7 @@ def compress(
     precision: Precision,
     *,
     part: str = "language_model",
+    layers: Mapping[str, Named] | None = None,
     samples: Samples = (),
     observe: Observe | None = None,
     progress: Progress = silent,
@@ -58,12 +72,15 @@ def compress(
     """The ML program `mlmodel` (one function, float weights) at `precision`, and plain values for `Part.details`.
 
     int8 takes one scale a row; int4 one scale for `precision.group_size` columns or, where they do not divide a row,
-    for their largest divisor; "pal4" and "pal6" one palette a weight; "w8a8" int8 weights and inputs of layers rounded
-    to int8 over the ranges that `observe` (by default our executor) sees while it runs `samples`. Weights of linear
-    layers, convolutions and products with a constant are compressed; every other float constant is named in `kept`.
+    for their largest divisor, each layer by the rules for it; "pal4" and "pal6" one palette a weight; "w8a8" int8
+    weights and inputs of layers rounded to int8 over the ranges that `observe` (by default our executor) sees while it
+    runs `samples`. Weights of linear layers, convolutions and products with a constant are compressed; every other
+    float constant is named in `kept`. `layers` says what rules call them, by their constants without "_to_fp16".
 
-    Raises RecipeError for a precision that `part` cannot take, and for "w8a8" without samples.
+    Raises RecipeError for a precision that `part` cannot take, for rules that fit no layer, and for "w8a8" without
+    samples.
     """
+    check_coreml(precision, part)
     type = coreml_type(precision, part)
     if type.activations and not samples:
         raise RecipeError(
@@ -71,16 +88,19 @@ def compress(
             "give --calibration a folder of image-text pairs"
         )
     found, tally = constants(mlmodel.get_spec()), Tally()
-    if type.weights in ("fp16", "fp32"):
+    named = {name: (layers or {}).get(name.removesuffix("_to_fp16"), (name, None)) for name in found.layers}
+    check_rules(precision, [layer for layer, _ in named.values()], part)
+    if type.weights in ("fp16", "fp32") and not precision.rules:
         tally.layers[type.name] = len(found.layers)
         return mlmodel, tally.details()
-    tally.kept |= found.others
+    if type.weights not in ("fp16", "fp32"):
+        tally.kept |= found.others
     if type.activations:
         mlmodel = round_activations(mlmodel, samples, observe)
     if type.palette:
         mlmodel = _palettize(mlmodel, type, found, tally, part, progress)
     else:
-        mlmodel = _integers(mlmodel, type, precision, found, tally, part, progress)
+        mlmodel = _integers(mlmodel, precision, found, named, tally, part, progress)
     details = tally.details()
     if type.warning:
         details["warning"] = type.warning
@@ -91,9 +111,9 @@ def compress(
 
 def _integers(
     mlmodel: Any,
-    type: CoreMLType,
     precision: Precision,
     found: Constants,
+    named: Mapping[str, Named],
     tally: Tally,
     part: str,
     progress: Progress,
@@ -103,9 +123,16 @@ def _integers(
     def change(const: Any) -> None:
         nonlocal done
         layer = found.layers[const.outputs[0].name]
-        block = _block(layer, precision.group_size, tally) if type.weights == "int4" else 0
-        tally.layers[f"int4:g{block}" if block else type.name if type.weights == "int8" else "int8"] += 1
-        tally.subnormal += _replace(const, layer, block)
+        called, grid = named[layer.name]
+        chosen = precision.at(called)
+        if chosen.weights in ("fp16", "fp32"):
+            tally.layers[chosen.weights] += 1
+            if reason := kept(precision, chosen):
+                tally.kept[layer.name] = reason
+        else:
+            block = _block(layer, chosen.group_size, tally) if chosen.weights == "int4" else 0
+            tally.layers[f"int4:g{block}" if block else chosen.format or "int8"] += 1
+            _replace(const, layer, block, grid, tally)
         done += 1
         progress(f"{part}: {precision}", done, len(found.layers))
 
@@ -124,14 +151,20 @@ def _block(layer: Layer, asked: int, tally: Tally) -> int:
     return block
 
 
-def _replace(const: Any, layer: Layer, block: int) -> int:
-    """Put integers and scales in the place of a constant; how many scales fp16 holds only as subnormal numbers."""
+def _replace(const: Any, layer: Layer, block: int, grid: Grid | None, tally: Tally) -> None:
+    """Put integers and scales in the place of a constant."""
     mil = coremltools("converters.mil.mil")
     last = layer.columns if block else layer.rows  # int8 has one scale a row: all else of it counts as columns
     weight = const.outputs[0].val
     turned = np.moveaxis(weight, last, -1 if block else 0)
     matrix = turned.reshape(-1, turned.shape[-1]) if block else turned.reshape(len(turned), -1)
-    values, scales = quantize_blocks(matrix, block or matrix.shape[1], 4 if block else 8)
+    size, bits = block or matrix.shape[1], 4 if block else 8
+    on_grid = None if grid is None else _on_grid(matrix, size, bits, grid)
+    values, scales = quantize_blocks(matrix, size, bits) if on_grid is None else on_grid
+    if on_grid is not None:
+        tally.grids += 1
+    elif grid is not None:
+        tally.rounded_again.append(layer.name)
     shape = (*turned.shape[:-1], -1) if block else (-1, *[1] * (weight.ndim - 1))
     dtype = mil.types.nptype_from_builtin(mil.types.string_to_builtin("int4" if block else "int8"))
     new = mil.Builder.constexpr_blockwise_shift_scale(
@@ -143,7 +176,19 @@ def _replace(const: Any, layer: Layer, block: int) -> int:
     owner = const.enclosing_block
     owner.replace_uses_of_var_after_op(anchor_op=const, old_var=const.outputs[0], new_var=new, no_check_var_types=True)
     owner.remove_ops([const])
-    return int(np.count_nonzero(scales < _TINY)) if scales.dtype == np.float16 else 0
+    tally.subnormal += int(np.count_nonzero(scales < _TINY)) if scales.dtype == np.float16 else 0
+
+
+def _on_grid(matrix: NDArray[Any], block: int, bits: int, grid: Grid) -> tuple[NDArray[np.int8], NDArray[Any]] | None:
+    """Integers and scales of a quantizer; None where Core ML has no such form, or fp16 has moved the weights off it."""
+    fits = grid.bits == bits and grid.zeros is None and matrix.shape[0] == len(grid.scales)
+    found = regrouped(grid, block, matrix.shape[1]) if fits else None
+    if found is None:
+        return None
+    try:
+        return integers(matrix, found).astype(np.int8), scales_of(found).astype(matrix.dtype)
+    except CheckpointError:
+        return None
 
 
 def _apply(mlmodel: Any, found: Constants, change: Callable[[Any], None]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vlm_export.coreml.compress import compress
+from vlm_export.coreml.compress import Named, compress
 from vlm_export.coreml.decoder import KV, Inputs, Layout, MilLanguage, Shape, Var
 from vlm_export.coreml.functions import merge
 from vlm_export.coreml.sdk import coremltools, quiet
@@ -95,7 +95,7 @@ def convert_function(
 ) -> dict[str, Any]:
     """One function, "main", compressed and saved as a package of its own; `reached` hears how many layers are done."""
     ct = coremltools()
-    program = emit(model, shape, reached)
+    program, layers = emit(model, shape, reached)
     with _scratch(path.parent):
         with quiet():
             mlmodel = ct.convert(
@@ -111,7 +111,7 @@ def convert_function(
         # The weights are on the disk now, from where they are compressed; programs are cycles that hold them in memory.
         mlmodel._mil_program = program = None
         gc.collect()
-        mlmodel, details = compress(mlmodel, precision, part=PART, progress=progress)
+        mlmodel, details = compress(mlmodel, precision, part=PART, layers=layers, progress=progress)
         with quiet():
             mlmodel.save(str(path))
     mlmodel = None
@@ -140,8 +140,10 @@ def _pipeline(ct: Any) -> Any:
     return pipeline
 
 
-def emit(model: Model, shape: Shape, reached: Callable[[int], None] = lambda done: None) -> Any:
-    """The walk as a MIL program of one function, "main"."""
+def emit(
+    model: Model, shape: Shape, reached: Callable[[int], None] = lambda done: None
+) -> tuple[Any, dict[str, Named]]:
+    """The walk as a MIL program of one function, "main", and what the constants of its weights are."""
     mil = coremltools("converters.mil.mil")
     types, mb = mil.types, mil.Builder
     spec = model.spec.language
@@ -165,7 +167,7 @@ def emit(model: Model, shape: Shape, reached: Callable[[int], None] = lambda don
         logits = emitter.leave(walk(spec, emitter, emitter.enter(embeds)))
         function.set_outputs([logits] if shape.kv == "state" else [logits, *emitter.new_rows()])
     program.add_function("main", function)
-    return program
+    return program, emitter.layers
 
 
 class _Stages:

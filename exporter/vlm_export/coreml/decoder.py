@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.coreml.sdk import coremltools
-from vlm_models.checkpoint import Checkpoint
+from vlm_models.checkpoint import Checkpoint, Grid
 from vlm_models.errors import CheckpointError
 from vlm_models.language import Attention, Linear, Norm, Rows
 from vlm_models.rope import cos_sin
@@ -88,6 +88,7 @@ class MilLanguage:
         self._masks = {0: inputs.causal_mask}
         self._places: dict[int, tuple[Var, Var]] = {}
         self._stop: Var = None
+        self.layers: dict[str, tuple[str, Grid | None]] = {}  # constant → its layer and the grid of its rows
 
     def enter(self, inputs_embeds: Var) -> Var:
         """(1, S, H) as the layout holds it."""
@@ -176,6 +177,9 @@ class MilLanguage:
         self.checkpoint.release(linear.weight.tensor)
         if self._ane:
             matrix = matrix[:, :, None, None]
+        grid, first = self.checkpoint.grid(linear.weight.tensor), linear.weight.start
+        rows = None if grid is None else grid.rows(first + start, first + stop)
+        self.layers[f"{name}.weight".replace(".", "_")] = linear.name, rows
         constants = {"weight": self._constant(matrix, f"{name}.weight")}
         if linear.bias is not None:
             constants["bias"] = self._constant(self._read(linear.bias, start, stop), f"{name}.bias")

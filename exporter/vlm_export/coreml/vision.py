@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlm_export.coreml.activations import Observe, Samples
-from vlm_export.coreml.compress import compress
+from vlm_export.coreml.compress import Named, compress
 from vlm_export.coreml.sdk import coremltools, quiet
 from vlm_export.reference import pixel_values
 from vlm_export.target import Progress, silent
@@ -52,7 +52,15 @@ def convert_encoder(
     progress(part, 0, 2)
     mlmodel = _converted(model, part, half=precision.weights != "fp32")
     progress(part, 1, 2)
-    mlmodel, details = compress(mlmodel, precision, part=part, samples=samples, observe=observe, progress=progress)
+    mlmodel, details = compress(
+        mlmodel,
+        precision,
+        part=part,
+        layers=_layers(model, part),
+        samples=samples,
+        observe=observe,
+        progress=progress,
+    )
     if path.exists():
         shutil.rmtree(path)
     mlmodel.user_defined_metadata.update({"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
@@ -92,6 +100,12 @@ def _converted(model: Model, part: EncoderPart, *, half: bool) -> Any:
 def names(part: EncoderPart) -> tuple[str, str]:
     """What a part's input and output are called."""
     return ("pixel_values", "image_features") if part == "vision_encoder" else ("image_features", "image_embeds")
+
+
+def _layers(model: Model, part: EncoderPart) -> dict[str, Named]:
+    """Constants of the weights, which coremltools names after the module's parameters."""
+    module = model.vision_encoder() if part == "vision_encoder" else model.projector()
+    return {name.replace(".", "_"): (name.removesuffix(".weight"), None) for name, _ in module.named_parameters()}
 
 
 def _check_fp16(module: torch.nn.Module) -> None:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 from vlm_export.coreml.convert import convert_language
 from vlm_export.coreml.lint import notes
 from vlm_export.coreml.vision import EncoderPart, convert_encoder
-from vlm_export.preflight import weights
+from vlm_export.preflight import weight_bytes, weights
+from vlm_export.rules import check_rules, kept_note, language_layers
 from vlm_export.target import Job
 from vlm_models.errors import DependencyError
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
-from vlm_quant.coreml_types import coreml_type
+from vlm_quant.coreml_types import check_coreml, coreml_type
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
-from vlm_quant.recipe import Precision, Recipe, refuse_rules
+from vlm_quant.recipe import Precision, Recipe
 from vlm_runtime.engines.mil import MilDecoder, MilEncoder
 from vlm_runtime.manifest import PARTS, Part
 from vlm_runtime.mil import open_package
@@ -39,9 +40,10 @@ PROOF = (
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
     """coremltools with a NumPy that it works with, and types that Core ML has."""
-    refuse_rules(recipe, parts, "coreml")
     for part in parts:
-        coreml_type(getattr(recipe, RECIPE_PARTS[part]), part)
+        check_coreml(getattr(recipe, RECIPE_PARTS[part]), part)
+    if "language_model" in parts:
+        check_rules(recipe.language, language_layers(spec.language), "language_model")
     if importlib.util.find_spec("coremltools") is None:
         raise DependencyError("target 'coreml' needs coremltools: pip install 'vlm-export[coreml]'")
     numpy = importlib.metadata.version("numpy")
@@ -53,9 +55,11 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
 
 def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
     """The packages; of the language model also its functions before they are merged, and one float copy."""
-    sizes = {
-        part: weights(model, part) * coreml_type(getattr(recipe, RECIPE_PARTS[part]), part).bits / 8 for part in parts
-    }
+
+    def size(part: str) -> float:
+        return weight_bytes(model, part, recipe, lambda layer: coreml_type(layer, part).bits / 8)
+
+    sizes = {part: size(part) for part in parts}
     copies = 2 * sizes["language_model"] + 2.0 * weights(model, "language_model") if "language_model" in sizes else 0.0
     return sum(sizes.values()) + copies
 
@@ -114,8 +118,7 @@ def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[
 def _part(root: Path, package: Path, precision: Precision, part: str, details: dict[str, Any]) -> Part:
     warning = coreml_type(precision, part).warning
     found = [*([warning] if warning else []), *notes(package)]
-    if kept := details.get("kept"):
-        found.append(f"{part}: {len(kept)} tensors are not {precision}: {'; '.join(sorted(set(kept.values())))}")
+    found += kept_note(part, precision, details.get("kept", {}))
     if less := details.get("inexact"):
         found.append(less)
     files = sorted(path.relative_to(root).as_posix() for path in package.rglob("*") if path.is_file())

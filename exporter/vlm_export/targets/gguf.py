@@ -19,6 +19,7 @@ from vlm_export.gguf.tensors import exact_type, tensors
 from vlm_export.gguf.tokenizer import tokenizer_fields
 from vlm_export.importance import SAMPLES, importance
 from vlm_export.preflight import weight_bytes, weights
+from vlm_export.rules import kept_note
 from vlm_export.target import Job
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
@@ -96,6 +97,7 @@ def build(job: Job) -> dict[str, Part]:
     else:
         details["no_mmproj"] = reason
     notes = [*_notes(facts, kind.name, calibrated, direct(precision), left), *words.details.get("notes", [])]
+    notes += kept_note("language_model", replace(precision, format=kind.name), left)
     if less := inexact(spec.language):
         notes.append(less)
     if reason is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from onnx import TensorProto
 
@@ -13,7 +13,7 @@ from vlm_export.onnx.language import Edge, OnnxLanguage
 from vlm_export.onnx.linear import Linears
 from vlm_export.onnx.trace import trace
 from vlm_export.preflight import weight_bytes
-from vlm_export.rules import check_rules, language_layers
+from vlm_export.rules import check_rules, kept_note, language_layers
 from vlm_export.target import Job, Progress
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
@@ -113,4 +113,5 @@ def _bytes_per_weight(precision: Precision) -> float:
 def _save(graph: Graph, spec: VLMSpec, part: str, precision: Precision, details: dict[str, object]) -> Part:
     graph.save({"vlm.fingerprint": spec.fingerprint, "vlm.part": part})
     files = (f"{ENGINE}/{graph.path.name}", f"{ENGINE}/{graph.data_path.name}")
-    return Part(files[0], files, str(precision), {**details, "data_bytes": graph.size})
+    notes = kept_note(part, precision, cast(Mapping[str, str], details["kept"]))
+    return Part(files[0], files, str(precision), {**details, "data_bytes": graph.size, "notes": notes})
