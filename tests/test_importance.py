@@ -20,6 +20,7 @@ from vlm_export import importance as module
 from vlm_export.importance import examples, importance, measure
 from vlm_models.errors import CheckpointError, ImageError, PromptError
 from vlm_models.model import Model, language_tensors, load_model
+from vlm_models.torch_language import TorchLanguage
 from vlm_quant.calibration import Calibration, Pair, read_pairs
 
 QUESTIONS = (
@@ -152,7 +153,7 @@ def test_a_channel_that_is_never_used_keeps_a_little(
 ) -> None:
     """Where all weights of a block count nothing, a quantizer may write what it likes, even what is not a number."""
     model = load_model(tiny)
-    monkeypatch.setattr(module.TorchLanguage, "gate", lambda self, gate, up, activation: torch.zeros_like(gate))
+    monkeypatch.setattr(TorchLanguage, "gate", lambda self, gate, up, activation: torch.zeros_like(gate))
     name = "language_model.layers.0.mlp.down_proj.weight"
     np.testing.assert_array_equal(importance(model, pairs)[name], 1.0)
 

@@ -7,9 +7,10 @@ see. One walk serves all of them: a layer's weights are read, every sequence pas
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from vlm_export.reference import looked_up, pixel_values, spliced
+from vlm_export.streaming import Rows, stream
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError, PromptError
-from vlm_models.language import Attention, Linear, Norm, walk
+from vlm_models.language import Linear
 from vlm_models.processor import tokenizer_json
-from vlm_models.torch_language import TorchLanguage
 from vlm_quant.calibration import Calibration, Pair, sample
 from vlm_runtime.image import open_image
 from vlm_runtime.prompt import Message, expand, render, user_message
@@ -80,67 +81,43 @@ def examples(
 
 def measure(model: Model, sequences: Sequence[Example], progress: Progress = silent) -> Importance:
     """Importance over `sequences`: every row counts, for the head only those whose logits are read."""
-    squares = _Squares(model, sequences, progress)
-    with torch.inference_mode():
-        walk(model.spec.language, squares, squares.embeds(), last_row=False)
-    return dict(squares.means())
-
-
-class Rows:
-    """A value of every sequence, rows(i) of shape (S, channels): computed when asked for, kept for one sequence."""
-
-    def __init__(self, compute: Callable[[int], Tensor]) -> None:
-        self._compute = functools.lru_cache(maxsize=1)(compute)
-
-    def __call__(self, i: int) -> Tensor:
-        return self._compute(i)
-
-    def settle(self, store: list[Tensor], reached: Callable[[], None]) -> None:
-        """Compute it for every sequence into `store`, and let go of all that it came from."""
-        for i in range(len(store)):
-            store[i] = self(i)
-            reached()
-        self._compute = functools.lru_cache(maxsize=1)(store.__getitem__)
+    squares, done = _Squares([example.first_read for example in sequences]), itertools.count(1)
+    of = (model.spec.language.layers + 1) * len(sequences)
+    states = [example.embeds for example in sequences]
+    stream(
+        model.checkpoint,
+        model.spec.language,
+        states,
+        squares.inputs,
+        lambda: progress("importance", next(done), of),
+    )
+    return dict(squares.means(model.checkpoint.folder))
 
 
 class _Squares:
-    """An emitter that runs every sequence through the decoder and sums the squares of what linear layers are given."""
+    """Sums the squares of what linear layers are given, while the sequences pass."""
 
-    def __init__(self, model: Model, sequences: Sequence[Example], progress: Progress) -> None:
-        self._model, self._progress = model, progress
-        self._states = [example.embeds for example in sequences]  # entering the current layer
-        self._first_read = [example.first_read for example in sequences]
+    def __init__(self, first_read: Sequence[int]) -> None:
+        self._first_read = first_read
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._read: set[str] = set()  # tensors of the current layer
-        self._language = TorchLanguage(model.checkpoint, model.spec.language, keep=True)
-        self._done = 0
 
-    def embeds(self) -> Rows:
-        """What the walk begins with."""
-        return Rows(self._states.__getitem__)
+    def inputs(self, x: Rows, linears: Sequence[Linear]) -> Rows:
+        """x, weighed as it is computed."""
 
-    def means(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        def weighed(i: int) -> Tensor:
+            rows = x(i)
+            self._weigh(rows[self._first_read[i] :] if linears[0].name == "lm_head" else rows, linears)
+            return rows
+
+        return Rows(weighed)
+
+    def means(self, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         for name, total in self._sums.items():
             mean = (total / self._counts[name]).numpy()
             if not np.isfinite(mean).all():
-                folder = self._model.checkpoint.folder
                 raise CheckpointError(f"{folder}: calibration gives {name!r} inputs beyond float32: a damaged weight?")
             yield name, np.maximum(mean, mean.mean() * _FLOOR or 1.0).astype(np.float32)
-
-    def linears(self, x: Rows, linears: Sequence[Linear]) -> tuple[Rows, ...]:
-        if linears[0].name == "lm_head":  # nobody needs the logits
-            for i, first in enumerate(self._first_read):
-                self._weigh(x(i)[first:], linears)
-            return (x,) * len(linears)
-
-        @functools.lru_cache(maxsize=1)
-        def outputs(i: int) -> tuple[Tensor, ...]:
-            rows = x(i)
-            self._weigh(rows, linears)
-            return self._language.linears(rows, linears)
-
-        return tuple(Rows(functools.partial(lambda k, i: outputs(i)[k], k)) for k in range(len(linears)))
 
     def _weigh(self, rows: Tensor, linears: Sequence[Linear]) -> None:
         """Once for each stored matrix: fused ones hold several of the layers that read the same rows."""
@@ -148,47 +125,6 @@ class _Squares:
         for name in {linear.weight.tensor for linear in linears}:
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
             self._counts[name] = self._counts.get(name, 0) + len(rows)
-            self._read.add(name)
-
-    def rms_norm(self, x: Rows, norm: Norm) -> Rows:
-        if norm.name == "norm" or norm.name.endswith(".input_layernorm"):
-            x.settle(self._states, self._reached)
-            self._forget()
-        return Rows(lambda i: self._language.rms_norm(x(i), norm))
-
-    def _reached(self) -> None:
-        self._done += 1
-        self._progress("importance", self._done, (self._model.spec.language.layers + 1) * len(self._states))
-
-    def _forget(self) -> None:
-        """Drop the weights of the layer that has ended."""
-        for name in self._read:
-            self._model.checkpoint.release(name)
-        self._read.clear()
-        self._language = TorchLanguage(self._model.checkpoint, self._model.spec.language, keep=True)
-
-    def head_norm(self, x: Rows, norm: Norm, heads: int) -> Rows:
-        return Rows(lambda i: self._language.head_norm(x(i), norm, heads))
-
-    def attention(self, q: Rows, k: Rows, v: Rows, attention: Attention) -> Rows:
-        def attended(i: int) -> Tensor:
-            rows = self._language.attention(q(i), k(i), v(i), attention)
-            self._language.rewind(0)
-            return rows
-
-        return Rows(attended)
-
-    def add(self, x: Rows, y: Rows) -> Rows:
-        return Rows(lambda i: x(i) + y(i))
-
-    def gate(self, gate: Rows, up: Rows, activation: str) -> Rows:
-        return Rows(lambda i: self._language.gate(gate(i), up(i), activation))
-
-    def last_row(self, x: Rows) -> Rows:
-        return Rows(lambda i: x(i)[-1:])
-
-    def softcap(self, x: Rows, cap: float) -> Rows:
-        return Rows(lambda i: self._language.softcap(x(i), cap))
 
 
 def _picture_rows(model: Model, pair: Pair) -> Tensor:
