@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm_export import golden, parity, preflight, shared, write
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
+from vlm_export.tensorrt import plan
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.calibration import Calibration, read_pairs
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
@@ -24,9 +25,10 @@ from vlm_runtime.manifest import Manifest, Part
 if TYPE_CHECKING:
     from vlm_models.model import Model
 
+_TENSORRT = "tensorrt"
 _TOOLS = (
     *("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python"),
-    *("coremltools", "coreai-core", "coreai-torch", "numpy"),
+    *("coremltools", "coreai-core", "coreai-torch", "numpy", "tensorrt", "tensorrt-rtx"),
 )
 
 
@@ -43,6 +45,8 @@ def export(
     gguf_tokenizer: Literal["checked", "none"] = "checked",
     coreml_kv: Literal["state", "io"] = "state",
     coreml_layout: Literal["plain", "ane"] = "plain",
+    tensorrt_kv: Literal["concat", "scatter"] = "concat",
+    device_profiles: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -54,7 +58,9 @@ def export(
     `greedy_tokens` tokens beside the checkpoint. `calibration`: image-text pairs (`vlm_quant.calibration.read_pairs`),
     by default the checkpoint's own folder calibration/ where it has one. `gguf_tokenizer` "none" leaves the vocabulary
     out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state, `coreml_layout`
-    "ane" puts channels first. `progress(stage, done, of)` is called all along.
+    "ane" puts channels first; `tensorrt_kv` "scatter" gives TensorRT a cache of fixed size, written in place;
+    `device_profiles` ("rtx40", "rtx40:24" with 24 GB) are what its engines are built for, by default the GPU at hand,
+    else RTX 30, 40 and 50. `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -65,15 +71,22 @@ def export(
         ("GGUF tokenizer", gguf_tokenizer, ("checked", "none")),
         ("Core ML KV cache", coreml_kv, ("state", "io")),
         ("Core ML layout", coreml_layout, ("plain", "ane")),
+        ("TensorRT KV cache", tensorrt_kv, ("concat", "scatter")),
     ):
         if given not in allowed:
             raise InputError(f"unknown {what} {given!r}: choose one of {', '.join(allowed)}")
+    if device_profiles and _TENSORRT not in chosen:
+        raise InputError(
+            f"device profiles are for target {_TENSORRT!r}: add it with --target {_TENSORRT}, or leave them"
+        )
     model = _load(checkpoint, output, chosen)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
     steps = _steps(chosen, recipe, base)
     for name, parts in steps.items():
         find_target(name).requires(recipe, model.spec, parts, context)
+    if _TENSORRT in steps:
+        plan.check(device_profiles, model, recipe, steps[_TENSORRT], context, tensorrt_kv)
     for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
@@ -83,7 +96,20 @@ def export(
 
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, folder, progress)
-        job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, coreml_kv, coreml_layout, progress)
+        job = Job(
+            model,
+            recipe,
+            folder,
+            context,
+            parts=(),
+            calibration=pairs,
+            gguf_tokenizer=gguf_tokenizer,
+            coreml_kv=coreml_kv,
+            coreml_layout=coreml_layout,
+            tensorrt_kv=tensorrt_kv,
+            device_profiles=tuple(device_profiles),
+            progress=progress,
+        )
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
         for name, one in jobs.items():
             builder = find_target(name)

@@ -17,7 +17,8 @@ _HEAD = """\
 #!/usr/bin/env bash
 # Builds the engines of this bundle with trtexec, one part after the other: bash tensorrt/build.sh [NAME]
 # They go to tensorrt/engines/NAME/ (NAME: "device"). Started again, it leaves the finished ones alone.
-# TRTEXEC names the program where it is not in the PATH or in JetPack's place. FORCE=1 skips the look at memory and disk.
+# TRTEXEC names the program where it is not in the PATH or in JetPack's place.
+# FORCE=1 skips the look at memory and disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-device}
