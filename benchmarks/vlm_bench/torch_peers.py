@@ -66,7 +66,8 @@ def make_torch(checkpoint: str, device: str, dtype: str, compiled: bool, threads
     from transformers import LlavaForConditionalGeneration, StaticCache
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    quiet: Any = logging
+    quiet.disable_progress_bar()
     torch.set_num_threads(threads)
     kind: Any = LlavaForConditionalGeneration
     model = kind.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(device)
