@@ -40,7 +40,7 @@ def tensorrt_bundle(folder: Path, kv: str, dtype: str = "fp32", *, engines: list
     """Write it; `engines` are listed for each part, {part} replaced in their file names: write those before."""
     spec = layout_spec()
     running_bundle(folder, spec, max_context=CONTEXT)
-    (folder / "tensorrt").mkdir()
+    (folder / "tensorrt").mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     graphs = {
         "vision_encoder": vision_graph(random),

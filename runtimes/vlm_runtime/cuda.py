@@ -28,7 +28,10 @@ def check_device(engine: str) -> None:
     error, count = cuda.cudaGetDeviceCount()
     if int(error) or not count:
         reason = _words(cuda, error) if int(error) else "CUDA finds no device"
-        raise DependencyError(f"engine {engine!r} needs an NVIDIA GPU and its driver, which do not answer ({reason})")
+        raise DependencyError(
+            f"engine {engine!r} needs an NVIDIA GPU and its driver, which do not answer ({reason}): "
+            "--engine tensorrt_onnx runs the same graphs without"
+        )
 
 
 def _words(cuda: Any, error: Any) -> str:
