@@ -1,77 +1,76 @@
-"""A bfloat16 graph for a runtime that has no bfloat16 arithmetic: float32 inside, every result rounded to bfloat16.
+"""A second small graph over the same weights, for bfloat16: ONNX Runtime's CPU has no bfloat16 arithmetic.
 
-ONNX Runtime's CPU multiplies no bfloat16 numbers, so parity runs this graph. It reads the weights of the other from the
-same data file, and has its inputs and outputs.
+All values are float32 that went through bfloat16, so that every result is rounded as TensorRT rounds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
-_BF16, _FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
-# These move numbers that are rounded already.
-_MOVES = frozenset({"Concat", "Expand", "Gather", "Reshape", "Slice", "TensorScatter", "Transpose", "Unsqueeze"})
+_MOVES = frozenset(
+    "Concat Expand Gather Identity Reshape Slice Split Squeeze TensorScatter Transpose Unsqueeze".split()
+)
+"""Operators that only move numbers: what they are given is rounded already."""
 
 
 def write_check_graph(path: Path) -> Path:
-    """Write <name>.check.onnx beside the graph `path`, over the same data file, and return its path."""
+    """Write <part>.check.onnx beside <part>.onnx, a bfloat16 graph; its inputs and outputs are float32 in their place.
+
+    Both read the same data file. Inputs that are only moved (a KV cache) must hold numbers of bfloat16.
+    """
     model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    types = _types(model)
-    sources = [name for name in (*(t.name for t in graph.initializer), *(i.name for i in graph.input)) if name in types]
-    inside = {name: f"{name}.float" for name in (*sources, *(o.name for o in graph.output)) if name in types}
-    outputs = {output.name for output in graph.output}
-    nodes = [helper.make_node("Cast", [name], [inside[name]], f"{name}.widen", to=_FLOAT) for name in sources]
+    graph, out = model.graph, path.with_name(f"{path.stem}.check.onnx")
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    rounded = {value.name for value in (*typed.value_info, *graph.input, *graph.output) if _is_bf16(value)}
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
+    computed = {name for node in graph.node if node.op_type not in _MOVES for name in node.input}
+    given = [value.name for value in graph.input if value.name in rounded & computed]
+    renamed = {name: f"{name}.float" for name in (*weights, *given)}
+    nodes = [_cast(name, f"{name}.float", TensorProto.FLOAT) for name in sorted(weights)]
+    nodes += [cast for name in given for cast in _round(name, f"{name}.float")]
     for node in graph.node:
-        nodes += _rounded(node, types, inside, outputs)
+        nodes += _rewritten(node, rounded, renamed)
+    _replace(graph, nodes)
+    for value in (*graph.input, *graph.output):
+        if _is_bf16(value):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, out)
+    onnx.checker.check_model(out)
+    return out
+
+
+def _rewritten(node: NodeProto, rounded: set[str], renamed: dict[str, str]) -> Iterator[NodeProto]:
+    """The node on float32, and after it the rounding of what it computes."""
+    new = NodeProto()
+    new.CopyFrom(node)
+    new.input[:] = [renamed.get(name, name) for name in node.input]
+    if node.op_type == "Cast" and node.output[0] in rounded:
+        yield from _round(new.input[0], node.output[0])
+        return
+    exact = [name for name in node.output if name in rounded and node.op_type not in _MOVES]
+    new.output[:] = [f"{name}.exact" if name in exact else name for name in node.output]
+    yield new
+    for name in exact:
+        yield from _round(f"{name}.exact", name)
+
+
+def _round(name: str, out: str) -> tuple[NodeProto, NodeProto]:
+    return _cast(name, f"{out}.bf16", TensorProto.BFLOAT16), _cast(f"{out}.bf16", out, TensorProto.FLOAT)
+
+
+def _cast(name: str, out: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [name], [out], f"{out}.Cast", to=to)
+
+
+def _replace(graph: GraphProto, nodes: list[NodeProto]) -> None:
     del graph.node[:]
-    del graph.value_info[:]
     graph.node.extend(nodes)
-    beside = path.with_name(f"{path.stem}.check.onnx")
-    onnx.save(model, beside)
-    onnx.checker.check_model(beside)
-    return beside
+    del graph.value_info[:]
 
 
-def _types(model: onnx.ModelProto) -> frozenset[str]:
-    """The values that are bfloat16."""
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.value_info, *graph.input, *graph.output)
-    named = {value.name for value in values if value.type.tensor_type.elem_type == _BF16}
-    return frozenset(named | {tensor.name for tensor in graph.initializer if tensor.data_type == _BF16})
-
-
-def _rounded(
-    node: NodeProto, types: frozenset[str], inside: Mapping[str, str], outputs: set[str]
-) -> Iterator[NodeProto]:
-    """The node on float32 values, and what rounds its results."""
-    wide = NodeProto()
-    wide.CopyFrom(node)
-    for position, name in enumerate(node.input):
-        wide.input[position] = inside.get(name, name)
-    for attribute in wide.attribute:
-        _widen(attribute)
-    casts = []
-    for position, name in enumerate(node.output):
-        if name not in types:
-            continue
-        value = inside.get(name, name)  # float32, for the nodes after this one
-        narrow = name if name in outputs else f"{name}.narrow"
-        exact = value if node.op_type in _MOVES and name not in outputs else f"{name}.exact"
-        wide.output[position] = exact
-        if exact != value:
-            casts.append(helper.make_node("Cast", [exact], [narrow], f"{name}.round", to=_BF16))
-            casts.append(helper.make_node("Cast", [narrow], [value], f"{name}.widen", to=_FLOAT))
-    yield wide
-    yield from casts
-
-
-def _widen(attribute: AttributeProto) -> None:
-    if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == _BF16:
-        attribute.i = _FLOAT
-    if attribute.type == AttributeProto.TENSOR and attribute.t.data_type == _BF16:
-        attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype("float32")))
+def _is_bf16(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.elem_type == TensorProto.BFLOAT16)

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.linear import Weight
 from vlm_export.target import Progress
+from vlm_export.tensorrt.check_graph import write_check_graph
 from vlm_export.tensorrt.linear import Linears, Ranges
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
@@ -57,7 +58,7 @@ def language_model(
     `position` (1,) is how many rows the cache holds. "concat": past_{key,value}.l (1, kv_heads, P, head_dim) grow into
     present_{key,value}.l; "scatter": {key,value}_cache.l and new_{key,value}_cache.l (1, kv_heads, max_context,
     head_dim) are meant to be the same memory. Rows of the cache beyond the position are never seen, but must be finite.
-    Raises RecipeError, CheckpointError.
+    io["check_graph"] is the graph for ONNX Runtime where that cannot run this one. Raises RecipeError, CheckpointError.
     """
     language = spec.language
     with Graph(folder / f"{PART}.onnx", PART, OPSETS[kv]) as graph:
@@ -65,7 +66,8 @@ def language_model(
         emitter.finish(walk(language, emitter, emitter.begin()))
         graph.save({"vlm.fingerprint": spec.fingerprint, "vlm.part": PART})
     layers = emitter.linear_layers
-    io = {
+    files = [f"{FOLDER}/{path.name}" for path in (graph.path, graph.data_path)]
+    io: dict[str, Any] = {
         "kv": kv,
         "dtype": layers.compute,
         "layers": language.layers,
@@ -74,8 +76,11 @@ def language_model(
         "max_context": max_context,
         "prefill_chunk": min(PREFILL_CHUNK, max_context),
     }
-    files = (f"{FOLDER}/{graph.path.name}", f"{FOLDER}/{graph.data_path.name}")
-    return Part(files[0], files, str(precision), {**layers.tally.details(), "data_bytes": graph.size, "io": io})
+    if layers.compute == "bf16":
+        io["check_graph"] = f"{FOLDER}/{write_check_graph(graph.path).name}"
+        files.append(io["check_graph"])
+    details = {**layers.tally.details(), "data_bytes": graph.size, "io": io}
+    return Part(files[0], tuple(files), str(precision), details)
 
 
 class TensorRTLanguage:
@@ -221,18 +226,17 @@ class TensorRTLanguage:
             return self._masks[window]
         graph, name = self.graph, f"mask.{window}"
         if not self._masks:
-            places = graph.tensor("places", np.arange(self.max_context, dtype=np.int64))
+            column, row = (self._shape(1, 1, -1, 1), self._shape(1, 1, 1, -1))
             if self.kv == "concat":
-                places = self._count(keys, 2, "places.now")
-            axis = graph.tensor("axis.1", np.array([1], np.int64))
-            column = graph.node("Unsqueeze", ["queries", axis], "queries.column")
-            graph.node("Sub", [column, places], "distance")  # (S, T)
+                places = graph.node("Reshape", [self._count(keys, 2, "places.now"), row], "places")
+            else:
+                places = graph.tensor("places", np.arange(self.max_context, dtype=np.int64).reshape(1, 1, 1, -1))
+            graph.node("Sub", [graph.node("Reshape", ["queries", column], "queries.column"), places], "distance")
         seen = graph.node("GreaterOrEqual", ["distance", self._number("zero", 0)], f"{name}.causal")
         if window:
             near = graph.node("Less", ["distance", self._number(f"window.{window}", window)], f"{name}.near")
             seen = graph.node("And", [seen, near], f"{name}.seen")
-        axes = graph.tensor("axes.heads", np.array([0, 1], np.int64))
-        self._masks[window] = graph.node("Unsqueeze", [seen, axes], name)
+        self._masks[window] = seen
         return self._masks[window]
 
     def _rotate(self, x: str, out: str, rope: RopeSpec) -> str:
