@@ -120,7 +120,7 @@ def _build(root: Path, name: str, part: Part, step: Step, progress: Progress) ->
         "sdk": step.sdk.name,
         "version": step.sdk.version,
         **told,
-        "of_fp16": round(told["bytes"] / max(1, fp16_bytes(told["weights"])), 3),
+        **({"of_fp16": round(told["bytes"] / fp16_bytes(told["weights"]), 3)} if told["weights"] else {}),
         **({"notes": notes} if notes else {}),
     }
 

@@ -34,7 +34,7 @@ def engine_table(found: Mapping[str, list[dict[str, Any]]]) -> Table:
                 one["profile"],
                 f"{one['sdk']} {one['version']}",
                 size(one["bytes"]),
-                f"{one['of_fp16']:.0%}",
+                f"{one['of_fp16']:.0%}" if "of_fp16" in one else "",
                 f"{one['seconds']:.0f}",
                 peak,
             )

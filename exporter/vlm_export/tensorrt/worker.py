@@ -19,6 +19,7 @@ from typing import Any
 from vlm_export.tensorrt.shapes import position_values, shapes
 
 _BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "INT8": 8, "FP8": 8, "INT4": 4, "INT32": 32, "INT64": 64, "BOOL": 8}
+_FLOATS = ("FLOAT", "HALF", "BF16", "INT8", "FP8", "INT4")  # whole numbers of 32 and 64 bits are places and shapes
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -136,7 +137,7 @@ def _facts(trt: Any, network: Any) -> dict[str, Any]:
             layers["ATTENTION" if kind == "ATTENTION_INPUT" else kind] += 1
     weights = Counter[str]()
     for name, (dtype, count, rank) in constants.items():
-        if rank > 1 and name not in scales:
+        if rank > 1 and name not in scales and dtype in _FLOATS:
             weights[dtype] += count
     size = sum(count * _BITS.get(dtype, 8) // 8 for dtype, count, _ in constants.values())
     return {"layers": dict(sorted(layers.items())), "weights": dict(sorted(weights.items())), "constant_bytes": size}
