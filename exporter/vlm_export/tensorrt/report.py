@@ -21,21 +21,16 @@ def engines(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
 
 def engine_table(found: Mapping[str, list[dict[str, Any]]]) -> Table:
     """Engines down: what they are of, whom for, what they took."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
-    for column in ("part", "profile", "built by"):
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline", caption_justify="left")
+    for column in ("part", "devices"):
         table.add_column(column, no_wrap=True)
-    for column in ("engine", "of fp16", "seconds", "peak memory"):
+    for column in ("engine", "of fp16", "seconds", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for part, some in found.items():
         for one in some:
+            share = f"{one['of_fp16']:.0%}" if "of_fp16" in one else ""
             peak = size(one["peak_rss"]) if one.get("peak_rss") else ""
-            table.add_row(
-                part,
-                one["profile"],
-                f"{one['sdk']} {one['version']}",
-                size(one["bytes"]),
-                f"{one['of_fp16']:.0%}" if "of_fp16" in one else "",
-                f"{one['seconds']:.0f}",
-                peak,
-            )
+            table.add_row(part, one["profile"], size(one["bytes"]), share, f"{one['seconds']:.1f}", peak)
+    sdks = sorted({f"{one['sdk']} {one['version']}" for some in found.values() for one in some})
+    table.caption = f"built by {', '.join(sdks)}" if sdks else "no engines"
     return table
