@@ -100,7 +100,9 @@ class FakeEngine:
         graph = onnx.load(plan["graph"]).graph
         self.inputs = {value.name: value.type.tensor_type for value in graph.input}
         self.outputs = {value.name: value.type.tensor_type for value in graph.output}
-        self.session = ort.InferenceSession(plan["graph"], ort.SessionOptions())
+        quiet = ort.SessionOptions()
+        quiet.log_severity_level = 3
+        self.session = ort.InferenceSession(plan["graph"], quiet)
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors = len(self.names)
 
