@@ -11,9 +11,7 @@ from pathlib import Path
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-_MOVES = frozenset(
-    "Concat Expand Gather Identity Reshape Slice Split Squeeze TensorScatter Transpose Unsqueeze".split()
-)
+_MOVED = {"Concat", "Expand", "Gather", "Reshape", "Slice", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze"}
 """Operators that only move numbers: what they are given is rounded already."""
 
 
@@ -27,7 +25,7 @@ def write_check_graph(path: Path) -> Path:
     typed = onnx.shape_inference.infer_shapes(model).graph
     rounded = {value.name for value in (*typed.value_info, *graph.input, *graph.output) if _is_bf16(value)}
     weights = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
-    computed = {name for node in graph.node if node.op_type not in _MOVES for name in node.input}
+    computed = {name for node in graph.node if node.op_type not in _MOVED for name in node.input}
     given = [value.name for value in graph.input if value.name in rounded & computed]
     renamed = {name: f"{name}.float" for name in (*weights, *given)}
     nodes = [_cast(name, f"{name}.float", TensorProto.FLOAT) for name in sorted(weights)]
@@ -51,7 +49,7 @@ def _rewritten(node: NodeProto, rounded: set[str], renamed: dict[str, str]) -> I
     if node.op_type == "Cast" and node.output[0] in rounded:
         yield from _round(new.input[0], node.output[0])
         return
-    exact = [name for name in node.output if name in rounded and node.op_type not in _MOVES]
+    exact = [name for name in node.output if name in rounded and node.op_type not in _MOVED]
     new.output[:] = [f"{name}.exact" if name in exact else name for name in node.output]
     yield new
     for name in exact:
