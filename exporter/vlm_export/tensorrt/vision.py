@@ -54,7 +54,7 @@ def vision_part(
         graph.node("Cast", [result.name], names[1], to=_FLOAT)
         graph.output(names[1], _FLOAT, dims(result))
         graph.save({"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
-    files, io = [graph.path, graph.data_path], {"dtype": linears.compute}
+    files, io = [graph.path, graph.data_path], {"dtype": str(linears.compute)}
     if linears.compute == "bf16":
         files.append(write_check_graph(graph.path))
         io["check_graph"] = f"{folder.name}/{files[-1].name}"
