@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+import fake_tensorrt
 from exporting import Command, command
 from running import entry, running_bundle
 from tensorrt_graphs import linear, refused, save
 from tensorrt_layout import CHUNK, CONTEXT, LAYERS, tensorrt_bundle
-from vlm_export.tensorrt import build, facts, machine, plan, process
+from vlm_export.tensorrt import build, facts, machine, plan, process, sdk
 from vlm_export.tensorrt.build import build_bundle, build_engines
 from vlm_models.errors import BundleError, CheckError, InputError, RecipeError
 from vlm_runtime.bundle import open_bundle
@@ -313,3 +314,47 @@ def test_building_on_a_device_needs_neither_torch_nor_onnx(finished: Path) -> No
         "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_full_tensorrt_builds_on_the_device_with_a_timing_cache(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sdk").mkdir()
+    shutil.copy(fake_tensorrt.__file__, tmp_path / "sdk/tensorrt.py")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "sdk"))
+    monkeypatch.syspath_prepend(str(tmp_path / "sdk"))
+    for module in (plan, sdk):
+        monkeypatch.setattr(module, "gpu_at_hand", lambda: sdk.Gpu("Orin", "8.7", 16 << 30))
+    try:
+        done = build_bundle(plain)
+        exported = build_engines(plain, {"projector": read_manifest(plain).parts["projector"]["tensorrt"]}, ["orin"])
+    finally:
+        sdk._probed.cache_clear()
+    assert exported["projector"] == done.parts["projector"]["tensorrt"]
+    listed = {part: engines(done, part)[0] for part in PARTS}
+    assert {one["sdk"] for one in listed.values()} == {"tensorrt"}
+    assert {(one["profile"], *one["compute_capabilities"]) for one in listed.values()} == {("orin", "8.7")}
+    engine = json.loads((plain / listed["language_model"]["file"]).read_text())
+    assert engine["flags"] == 1 << fake_tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert engine["shapes"]["position"] == [[0], [CONTEXT // 2], [CONTEXT - 1]]  # values: the SDK asked for them
+    open_bundle(plain)
+
+
+def test_the_timing_cache_grows_beside_the_manifest(plain: Path, tmp_path: Path) -> None:
+    """Each engine adds to it, so its sha256 in a manifest would not hold."""
+    cache, code = tmp_path / "timing.cache", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    shutil.copy(fake_tensorrt.__file__, tmp_path / "tensorrt.py")
+    code += "from vlm_export.tensorrt.worker import main; main()"
+    for part, held in (("projector", b"t"), ("vision_encoder", b"tt")):
+        graph = str(plain / f"tensorrt/{part}.onnx")
+        request = {"sdk": "tensorrt", "graph": graph, "io": {}, "capabilities": [], "engine": str(tmp_path / "e")}
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps({**request, "timing_cache": str(cache)}),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert list(json.loads(ran.stdout)) == ["result"]  # what the SDK prints went to stderr
+        assert "greeting" in ran.stderr
+        assert cache.read_bytes() == held

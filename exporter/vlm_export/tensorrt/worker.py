@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlm_export.tensorrt.shapes import position_values, shapes
 
@@ -89,12 +89,10 @@ def _build(trt: Any, request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = _monitor(trt, tell)
     facts = _facts(trt, network)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise RefusedError("build", log.words() or "the builder gave no engine and no reason")
     path = Path(request["engine"])
     with path.open("wb") as file:
-        file.write(engine)
+        if not _write(trt, builder, network, config, file):
+            raise RefusedError("build", log.words() or "the builder gave no engine and no reason")
         file.flush()
         os.fsync(file.fileno())
     if cache is not None and (timed := config.get_timing_cache()) is not None:
@@ -103,6 +101,22 @@ def _build(trt: Any, request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         partial.replace(cache)
     seconds = round(time.perf_counter() - began, 2)
     return {"bytes": path.stat().st_size, "seconds": seconds, "peak_rss": _peak(), "shapes": given, **facts}
+
+
+def _write(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes]) -> bool:
+    """Build into the file: in pieces where the SDK can, which spares a copy of the engine in memory."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        engine = builder.build_serialized_network(network, config)
+        return engine is not None and file.write(engine) > 0
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
 
 
 def _profile(builder: Any, network: Any, io: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
