@@ -98,7 +98,7 @@ def test_a_layer_computes_with_the_weights_and_the_rounding_that_its_precision_s
     x = RNG.standard_normal((7, 64)).astype(np.float16).astype(np.float32)
     path = tmp_path / "layer.onnx"
     built(path, w, text, b)
-    path = write_check_graph(path) if text == "bf16" else path
+    path = write_check_graph(path) if text in ("bf16", "fp8") else path
     want = given(x, text) @ stored(w, text).T + (0 if b is None else b)
     bound = {"fp32": 1e-6, "bf16": 6e-3}.get(text, 1e-3)  # of one rounding of y, and at bf16 of x
     assert relative(run(path, x), want) < bound
@@ -198,7 +198,7 @@ def test_a_row_of_zeros_and_one_of_tiny_weights_stay_numbers(tmp_path: Path, tex
     w = RNG.standard_normal((4, 64)).astype(np.float32)
     w[1], w[2] = 0, w[2] * 1e-6
     built(tmp_path / "layer.onnx", w, text)
-    path = write_check_graph(tmp_path / "layer.onnx") if text == "bf16" else tmp_path / "layer.onnx"
+    path = write_check_graph(tmp_path / "layer.onnx") if text in ("bf16", "fp8") else tmp_path / "layer.onnx"
     x = RNG.standard_normal((3, 64)).astype(np.float32)
     y = run(path, x)
     assert np.isfinite(y).all()

@@ -1,6 +1,7 @@
-"""A second small graph over the same weights, for bfloat16: ONNX Runtime's CPU has no bfloat16 arithmetic.
+"""A second small graph over the same weights, for ONNX Runtime's CPU where that cannot run what TensorRT is given.
 
-All values are float32 that went through bfloat16, so that every result is rounded as TensorRT rounds it.
+It has no bfloat16 arithmetic: all values are float32 there that went through bfloat16, so that every result is rounded
+as TensorRT rounds it. And it takes fp8 for int8 where it moves QuantizeLinear about: rounding is a Cast there.
 """
 
 from __future__ import annotations
@@ -9,20 +10,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 _MOVED = {"Concat", "Expand", "Gather", "Reshape", "Slice", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze"}
 """Operators that only move numbers: what they are given is rounded already."""
 
 
 def write_check_graph(path: Path) -> Path:
-    """Write <part>.check.onnx beside <part>.onnx, a bfloat16 graph; its inputs and outputs are float32 in their place.
+    """Write <part>.check.onnx beside <part>.onnx; inputs and outputs that are bfloat16 become float32.
 
     Both read the same data file. Inputs that are only moved (a KV cache) must hold numbers of bfloat16.
     """
-    model = onnx.load(path, load_external_data=False)
-    graph, out = model.graph, path.with_name(f"{path.stem}.check.onnx")
-    typed = onnx.shape_inference.infer_shapes(model).graph
+    model, out = onnx.load(path, load_external_data=False), path.with_name(f"{path.stem}.check.onnx")
+    _without_fp8(model.graph)
+    _without_bf16(model)
+    onnx.save(model, out)
+    onnx.checker.check_model(out)
+    return out
+
+
+def _without_fp8(graph: GraphProto) -> None:
+    """QuantizeLinear and DequantizeLinear of fp8 as divisions, Casts and products."""
+    fp8 = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT8E4M3FN}
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        out = node.output[0]
+        if node.op_type == "QuantizeLinear" and node.input[2] in fp8:
+            fp8.add(out)
+            wide = [
+                _cast(name, f"{out}.{kind}", TensorProto.FLOAT) for kind, name in zip("xs", node.input, strict=False)
+            ]
+            ratio = helper.make_node("Div", [f"{out}.x", f"{out}.s"], [f"{out}.ratio"], f"{out}.Div")
+            nodes += [*wide, ratio, _cast(f"{out}.ratio", out, TensorProto.FLOAT8E4M3FN)]
+        elif node.op_type == "DequantizeLinear" and node.input[0] in fp8:
+            scale = node.input[1]
+            product = helper.make_node("Mul", [f"{out}.x", scale], [out], f"{out}.Mul")
+            nodes += [_cast(node.input[0], f"{out}.x", kinds[scale]), product]
+        else:
+            nodes.append(node)
+    _replace(graph, nodes)
+
+
+def _without_bf16(model: ModelProto) -> None:
+    graph, typed = model.graph, onnx.shape_inference.infer_shapes(model).graph
     rounded = {value.name for value in (*typed.value_info, *graph.input, *graph.output) if _is_bf16(value)}
     weights = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     computed = {name for node in graph.node if node.op_type not in _MOVED for name in node.input}
@@ -36,9 +67,6 @@ def write_check_graph(path: Path) -> Path:
     for value in (*graph.input, *graph.output):
         if _is_bf16(value):
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    onnx.save(model, out)
-    onnx.checker.check_model(out)
-    return out
 
 
 def _rewritten(node: NodeProto, rounded: set[str], renamed: dict[str, str]) -> Iterator[NodeProto]:

@@ -76,7 +76,7 @@ def language_model(
         "max_context": max_context,
         "prefill_chunk": min(PREFILL_CHUNK, max_context),
     }
-    if layers.compute == "bf16":
+    if layers.needs_check_graph:
         io["check_graph"] = f"{FOLDER}/{write_check_graph(graph.path).name}"
         files.append(io["check_graph"])
     details = {**layers.tally.details(), "data_bytes": graph.size, "io": io}
@@ -226,12 +226,12 @@ class TensorRTLanguage:
             return self._masks[window]
         graph, name = self.graph, f"mask.{window}"
         if not self._masks:
-            column, row = (self._shape(1, 1, -1, 1), self._shape(1, 1, 1, -1))
             if self.kv == "concat":
-                places = graph.node("Reshape", [self._count(keys, 2, "places.now"), row], "places")
+                places = graph.node("Reshape", [self._count(keys, 2, "keys"), self._shape(1, 1, 1, -1)], "places")
             else:
                 places = graph.tensor("places", np.arange(self.max_context, dtype=np.int64).reshape(1, 1, 1, -1))
-            graph.node("Sub", [graph.node("Reshape", ["queries", column], "queries.column"), places], "distance")
+            column = graph.node("Reshape", ["queries", self._shape(1, 1, -1, 1)], "queries.column")
+            graph.node("Sub", [column, places], "distance")  # (1, 1, S, T)
         seen = graph.node("GreaterOrEqual", ["distance", self._number("zero", 0)], f"{name}.causal")
         if window:
             near = graph.node("Less", ["distance", self._number(f"window.{window}", window)], f"{name}.near")

@@ -64,11 +64,16 @@ class Linears:
     """
 
     def __init__(self, graph: Graph, precision: Precision, ranges: Ranges | None = None) -> None:
-        self.graph, self.precision, self.ranges = graph, precision, ranges or {}
+        self.graph, self.precision, self.ranges = graph, precision, {} if ranges is None else ranges
         self.compute = compute_type(precision)
         self.dtype, self.onnx = NUMPY[self.compute], ONNX[self.compute]
         self.tally = Tally()
         self._rounded: dict[tuple[str, str], str] = {}
+
+    @property
+    def needs_check_graph(self) -> bool:
+        """Whether ONNX Runtime's CPU cannot run what has been written (`check_graph.write_check_graph`)."""
+        return self.compute == "bf16" or "fp8" in self.tally.linears
 
     def emit(self, x: str, weight: Weight, output: str) -> str:
         """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold, or without a range."""
