@@ -208,6 +208,23 @@ def test_rounding_is_that_of_a_simulation(
     assert (got - want).norm() < 0.15 * (want - plain).norm()
 
 
+@pytest.mark.parametrize("kind", ["fp16", "w8a8", "int4:g16"])
+def test_opset_21_has_only_what_older_tensorrt_knows(models: Callable[[str], Model], folder: Path, kind: str) -> None:
+    """JetPack 6 has TensorRT 10.3: ONNX of opset 21, without Attention."""
+    model, part = models("clip"), "vision_encoder"
+    x = inputs(model, part)
+    usual = run(folder, exported(model, part, kind, folder), x)
+    ranges = given(module(model, part), x)
+    precision = parse_recipe(f"vision={kind}").vision
+    made = vision_part(model, part, precision, folder, ranges=ranges, opset=21)
+    graph = onnx.load(folder / "vision_encoder.onnx", load_external_data=False)
+    assert (graph.opset_import[0].version, graph.ir_version) == (21, 10)
+    assert "Attention" not in {node.op_type for node in graph.graph.node}
+    assert np.linalg.norm(run(folder, made, x) - usual) < 0.01 * np.linalg.norm(usual)
+    built = build_engines(folder.parent, {part: made}, ("rtx30",), lambda *step: None)[part]
+    assert all("SOFTMAX" in engine["layers"] for engine in cast(list[dict[str, Any]], built.details["engines"]))
+
+
 def test_the_bf16_graph_is_checked_by_one_that_rounds_to_bf16(models: Callable[[str], Model], folder: Path) -> None:
     model = models("clip")
     made = exported(model, "vision_encoder", "bf16", folder)

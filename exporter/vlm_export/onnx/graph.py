@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 OPSET = 23
-_IR_VERSION = {23: 11, 24: 12}  # opset → the format's version that came with it
+_IR_VERSION = {21: 10, 23: 11, 24: 12}  # opset → the format's version that came with it
 MICROSOFT = "com.microsoft"
 _INLINE = 256  # bytes up to which a tensor stays in the graph, where shape inference can read it
 _PAGE = 4096

@@ -20,6 +20,7 @@ from vlm_runtime.manifest import Part
 EncoderPart = Literal["vision_encoder", "projector"]
 
 NAMES = {"vision_encoder": ("pixel_values", "image_features"), "projector": ("image_features", "image_embeds")}
+OPSET: Literal[23] = 23
 _FLOAT = TensorProto.FLOAT
 
 
@@ -30,13 +31,15 @@ def vision_part(
     folder: Path,
     *,
     ranges: Ranges | None = None,
+    opset: Literal[21, 23] = OPSET,
     progress: Progress = silent,
 ) -> Part:
     """Write folder/<part>.onnx, and say what was written.
 
     vision_encoder: pixel_values (N, 3, s, s) → image_features (N, T, F); projector: image_features → image_embeds
     (N, T, H). Float32 in and out; between them everything has the type in which the part computes. `ranges` of its
-    layers' inputs for precisions that round them. Raises RecipeError for weights beyond fp16, or without a range.
+    layers' inputs for precisions that round them. Opset 21 is for TensorRT before 10.14, which has no Attention
+    operator (release notes of its parser). Raises RecipeError for weights beyond fp16, or without a range.
     """
     vision, features = model.spec.vision, (model.spec.vision.image_tokens, model.spec.projector.in_features)
     shape = (3, vision.image_size, vision.image_size) if part == "vision_encoder" else features
@@ -45,7 +48,7 @@ def vision_part(
     progress(part, 1, 2)
     (source,), (result,) = traced.inputs, traced.outputs
     names = NAMES[part]
-    with Graph(folder / f"{part}.onnx", part) as graph:
+    with Graph(folder / f"{part}.onnx", part, opset) as graph:
         linears = Linears(graph, precision, ranges)
         graph.input(names[0], _FLOAT, dims(source))
         source.name, result.name = f"{names[0]}.{linears.compute}", f"{names[1]}.{linears.compute}"
@@ -78,18 +81,18 @@ def _copy(node: NodeProto, constants: Constants, graph: Graph, linears: Linears)
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == _FLOAT:
             attribute.i = linears.onnx
-    if node.op_type == "Attention" and linears.compute == "fp32":
-        _write_out(node, graph)
+    if node.op_type == "Attention" and (linears.compute == "fp32" or graph.opset < OPSET):
+        _write_out(node, graph, linears)
     else:
         graph.nodes.append(node)
 
 
-def _write_out(node: NodeProto, graph: Graph) -> None:
+def _write_out(node: NodeProto, graph: Graph, linears: Linears) -> None:
     """Attention over all rows in single operations: TensorRT has fused kernels for fp16 and bf16 alone."""
     (q, k, v), out = node.input, node.output[0]  # (N, heads, T, head_dim)
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert not attributes.get("is_causal")
-    scale = graph.tensor(f"{out}.scale", np.array(attributes["scale"], np.float32))
+    scale = linears.constant(f"{out}.scale", np.array(attributes["scale"], np.float32))
     scaled = graph.node("Mul", [q, scale], f"{out}.scaled")
     turned = graph.node("Transpose", [k], f"{out}.turned", perm=[0, 1, 3, 2])
     weights = graph.node(
