@@ -67,7 +67,7 @@ def build_bundle(bundle: str | Path, profiles: Sequence[str] = (), progress: Pro
         io = parts["language_model"].details["io"] if "language_model" in parts else {}
         language, kv = manifest.spec.language, str(io.get("kv", ""))
         at = precisions.get("language_model", next(iter(precisions.values())))
-        plan.check_memory(devices, sizes, language, at, manifest.max_context, kv)
+        plan.check_boards(devices, sizes, language, at, manifest.max_context, kv)
     for step, name in _order(steps, folder, parts):
         part = manifest.parts[name][ENGINE]
         _intact(folder, part, manifest)

@@ -17,29 +17,34 @@ _DISK_BASE, _DISK_FACTOR = 64 << 20, 1.15
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def memory_needed(weights: int) -> float:
+def memory_needed(weights: float) -> float:
     """Bytes that a builder takes at most for a graph with that many bytes of weights."""
     return _MEMORY_BASE + _MEMORY_FACTOR * weights
 
 
-def disk_needed(weights: int) -> float:
+def disk_needed(weights: float) -> float:
     """Bytes of the engine at most."""
     return _DISK_BASE + _DISK_FACTOR * weights
 
 
 def check_machine(folder: Path, part: str, weights: int) -> None:
     """Raise InputError where memory (with swap) or disk are too small for an engine of `weights` bytes."""
-    free = memory_free()
-    if free is not None and free < memory_needed(weights):
-        raise InputError(
-            f"building the {part} engine takes about {size(memory_needed(weights))} of memory, "
-            f"{size(free)} with swap are free: close other programs (Jetson: sudo init 3), add swap, or take fewer bits"
-        )
+    check_memory(part, weights)
     space = shutil.disk_usage(folder).free
     if space < disk_needed(weights):
         raise InputError(
             f"building the {part} engine takes {size(disk_needed(weights))} of disk in {folder}, "
             f"which has {size(space)} free: make room there"
+        )
+
+
+def check_memory(part: str, weights: float) -> None:
+    """Raise InputError where memory with swap is too small to build an engine of `weights` bytes."""
+    free = memory_free()
+    if free is not None and free < memory_needed(weights):
+        raise InputError(
+            f"building the {part} engine takes about {size(memory_needed(weights))} of memory, "
+            f"{size(free)} with swap are free: close other programs (Jetson: sudo init 3), add swap, or take fewer bits"
         )
 
 

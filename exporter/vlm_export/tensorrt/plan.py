@@ -17,6 +17,7 @@ from vlm_export.tensorrt.devices import (
     refuse_memory,
     why_not,
 )
+from vlm_export.tensorrt.machine import check_memory
 from vlm_export.tensorrt.sdk import Sdk, find_sdks, gpu_at_hand
 from vlm_models.errors import DependencyError, RecipeError
 from vlm_models.spec import LanguageSpec
@@ -110,7 +111,8 @@ def refuse_later(later: Sequence[Device]) -> None:
 
 
 def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[str], context: int, kv: str) -> None:
-    """Before an export: raise for unknown devices, precisions they cannot take, memory that is not enough, no SDK.
+    """Before an export: raise for unknown devices, precisions they cannot take, memory that is not enough (theirs, or
+    this machine's for building), no SDK.
 
     Devices that nobody named are not held against their memory: RTX 40 is anything from 8 to 24 GB.
     """
@@ -120,11 +122,13 @@ def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[st
     devices = devices_of(names, chosen)
     sizes = {part: weights(model, part) * bytes_per_weight(precision) for part, precision in chosen.items()}
     if names:
-        check_memory(devices, sizes, model.spec.language, recipe.language, context, kv)
-    steps(devices)
+        check_boards(devices, sizes, model.spec.language, recipe.language, context, kv)
+    if steps(devices)[0]:
+        largest = max(sizes, key=sizes.__getitem__)
+        check_memory(largest, sizes[largest])
 
 
-def check_memory(
+def check_boards(
     devices: Iterable[Device],
     weights: Mapping[str, float],
     language: LanguageSpec,
