@@ -58,7 +58,7 @@ def vision_part(
         graph.output(names[1], _FLOAT, dims(result))
         graph.save({"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
     files, io = [graph.path, graph.data_path], {"dtype": str(linears.compute)}
-    if linears.compute == "bf16":
+    if linears.needs_check_graph:
         files.append(write_check_graph(graph.path))
         io["check_graph"] = f"{folder.name}/{files[-1].name}"
     progress(part, 2, 2)
