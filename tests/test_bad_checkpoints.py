@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_one_line(tiny: Path, tmp_path: Path, run: Comma
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--target", "onx"), "unknown target 'onx': choose one of coreai, coreml, gguf, onnx"),
+        (("--target", "onx"), "unknown target 'onx': choose one of coreai, coreml, gguf, onnx, tensorrt"),
         (("--target", "onnx", "--precision", "int3"), "int3"),
         (("--target", "onnx", "--precision", "language=int4:g31"), "int4:g31"),
         (("--target", "onnx", "--max-context", "99999"), "max context 99999 cannot be: this model takes 1 to 512"),

@@ -1,4 +1,4 @@
-"""Packing: single layers at their own precision, integers that a quantizer chose, int8 embeddings, all of it counted."""
+"""Packing: single layers at their own precision, a quantizer's integers, int8 embeddings, all of it counted."""
 
 from __future__ import annotations
 

@@ -35,7 +35,15 @@ def test_importing_the_runtime_loads_nothing_heavy_and_is_quick() -> None:
     "module",
     [
         *("vlm", "chat", "answer", "cli", "engine", "text", "sampling", "mil.explain"),
-        *("engines.onnx", "engines.gguf", "engines.mil", "engines.coreml", "engines.coreai"),
+        *(
+            "engines.onnx",
+            "engines.gguf",
+            "engines.mil",
+            "engines.coreml",
+            "engines.coreai",
+            "engines.tensorrt",
+            "engines.tensorrt_onnx",
+        ),
     ],
 )
 def test_no_module_of_the_runtime_loads_a_framework_or_an_sdk(module: str) -> None:

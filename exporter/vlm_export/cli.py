@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from vlm_export.algorithms import SAMPLES
 from vlm_export.export import export
 from vlm_export.goal import MAX_KL
 from vlm_export.table import Stages, notes, parity_table, size
+from vlm_export.tensorrt.build import build_bundle
+from vlm_export.tensorrt.report import engine_table, engines
 from vlm_models.command import run
 from vlm_models.errors import BundleError, CheckError, InputError
 from vlm_runtime.manifest import Manifest, read_manifest
@@ -35,6 +38,8 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 * `vlm-export ./checkpoint --target onnx -o mixed --precision language=int4:g128,vision=int8`
 * `vlm-export ./checkpoint --target gguf -o phone --precision language=q4_k_m --calibration pictures/`
 * `vlm-export ./checkpoint --sensitivity --budget 120MB -o report` (which layers can take fewer bits)
+* `vlm-export ./checkpoint --target tensorrt -o rtx --precision int4 --device-profile rtx40`
+* `vlm-export --build orin-bundle` (on the Jetson: the engines that are missing there)
 * then: `vlm-run llava-onnx --image cat.png "What is this?"`
 
 **Exit codes:** 0 done; 1 written, but too far from the checkpoint; 2 bad input, nothing written;
@@ -45,11 +50,16 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 @app.command(help=_HELP, no_args_is_help=True)
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(help="The model: a Hugging Face folder with config.json, or a hub id like org/model.")
-    ],
+        str | None,
+        typer.Argument(
+            show_default=False, help="The model: a Hugging Face folder with config.json, or a hub id like org/model."
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", "-t", help="What to export to (onnx, gguf); repeat for several in one bundle."),
+        typer.Option(
+            "--target", "-t", help="What to export to (onnx, gguf, tensorrt); repeat for several in one bundle."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -120,22 +130,47 @@ def command(
     coreml_layout: Annotated[
         str, typer.Option(help="plain, or ane: 1×1 convolutions with channels first, as the Neural Engine likes them.")
     ] = "plain",
+    tensorrt_kv: Annotated[
+        str,
+        typer.Option(
+            help="The KV cache of TensorRT: concat, which grows, or scatter: of fixed size, written in place."
+        ),
+    ] = "concat",
+    device_profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="the GPU at hand, else rtx30, rtx40, rtx50",
+            help="What TensorRT engines are for: rtx40, orin, …; rtx40:24 is a board of 24 GB. Repeat for several.",
+        ),
+    ] = None,
+    build: Annotated[
+        Path | None,
+        typer.Option(
+            help="Build the TensorRT engines that this bundle lacks, on the device it is for; goes on where it stopped."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
     console, began = Console(stderr=True), time.perf_counter()
+    if build is not None:
+        _refuse_beside_build({"a CHECKPOINT": checkpoint, "--target": target, "--output": output})
+        return _build(build, device_profile or (), console, as_json, quiet)
     if sensitivity:
+        if checkpoint is None:
+            raise InputError("missing CHECKPOINT: --sensitivity measures a checkpoint")
         with Stages(console, shown=not (as_json or quiet)) as stages:
             found = goal.measured(
                 checkpoint, target, output, precision, calibration, budget, max_kl, algorithm, calibration_samples,
                 seed, stages,
             )  # fmt: skip
-        goal.show(found, output, as_json=as_json, quiet=quiet)
-        return
-    if not target or output is None:
-        raise InputError(f"{'no target' if not target else 'no output folder'} given: --target NAME -o FOLDER")
+        return goal.show(found, output, as_json=as_json, quiet=quiet)
+    if checkpoint is None or not target or output is None:
+        names = ("CHECKPOINT", checkpoint), ("--target", target), ("--output", output)
+        missing = ", ".join(name for name, given in names if not given)
+        raise InputError(f"missing {missing}: give CHECKPOINT --target NAME -o OUT, or --build BUNDLE; see --help")
     missed: CheckError | None = None
     with Stages(console, shown=not (as_json or quiet)) as stages:
         try:
@@ -156,6 +191,8 @@ def command(
                 gguf_tokenizer=gguf_tokenizer,  # type: ignore[arg-type]  # refused there
                 coreml_kv=coreml_kv,  # type: ignore[arg-type]
                 coreml_layout=coreml_layout,  # type: ignore[arg-type]
+                tensorrt_kv=tensorrt_kv,  # type: ignore[arg-type]
+                device_profiles=device_profile or (),
                 progress=stages,
             )
         except CheckError as error:
@@ -167,12 +204,29 @@ def command(
         _show(Console(), output, manifest, target, seconds)
     if missed is not None:
         raise missed
+    return None
 
 
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on old configs are not the user's concern
     run(app)
+
+
+def _refuse_beside_build(given: Mapping[str, object]) -> None:
+    if others := [name for name, value in given.items() if value]:
+        raise InputError(f"--build takes no {', '.join(others)}: it finishes a bundle that is there")
+
+
+def _build(bundle: Path, profiles: Sequence[str], console: Console, as_json: bool, quiet: bool) -> None:
+    """`--build`: the engines that a bundle lacks, and a table of those that it has then."""
+    with Stages(console, shown=not (as_json or quiet)) as stages:
+        manifest = build_bundle(bundle, profiles, stages)
+    found = engines(manifest)
+    if as_json:
+        typer.echo(json.dumps({"output": str(bundle.absolute()), "seconds": stages.seconds, "engines": found}))
+    elif not quiet:
+        Console().print(engine_table(found))
 
 
 def _written(output: Path, targets: list[str], error: CheckError) -> Manifest:

@@ -6,15 +6,17 @@ import datetime
 import importlib.metadata
 import platform
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_export import goal, golden, parity, preflight, shared, write
 from vlm_export.algorithms import SAMPLES, check_algorithm
+from vlm_export.decisions import decide_all, grids_of, recorded
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
+from vlm_export.tensorrt import plan
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.calibration import Calibration, read_pairs
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
@@ -24,12 +26,12 @@ from vlm_runtime.engine import find_engine
 from vlm_runtime.manifest import Manifest, Part
 
 if TYPE_CHECKING:
-    from vlm_export.decide import Decided
     from vlm_models.model import Model
 
+_TENSORRT = "tensorrt"
 _TOOLS = (
     *("vlm-export", "torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python"),
-    *("coremltools", "coreai-core", "coreai-torch", "numpy"),
+    *("coremltools", "coreai-core", "coreai-torch", "numpy", "tensorrt", "tensorrt-rtx"),
 )
 
 
@@ -51,6 +53,8 @@ def export(
     gguf_tokenizer: Literal["checked", "none"] = "checked",
     coreml_kv: Literal["state", "io"] = "state",
     coreml_layout: Literal["plain", "ane"] = "plain",
+    tensorrt_kv: Literal["concat", "scatter"] = "concat",
+    device_profiles: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -63,7 +67,9 @@ def export(
     by default the checkpoint's own folder calibration/ where it has one. `algorithm` (see `vlm_export.decide`)
     rounds the language model on at most `calibration_samples` of them, drawn by `seed`. `gguf_tokenizer` "none" leaves
     the vocabulary out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state,
-    `coreml_layout` "ane" puts channels first. `progress(stage, done, of)` is called all along.
+    `coreml_layout` "ane" puts channels first; `tensorrt_kv` "scatter" gives TensorRT a cache of fixed size, written in
+    place; `device_profiles` ("rtx40", "rtx40:24" with 24 GB) are what its engines are built for, by default the GPU at
+    hand, else RTX 30, 40 and 50. `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -74,9 +80,14 @@ def export(
         ("GGUF tokenizer", gguf_tokenizer, ("checked", "none")),
         ("Core ML KV cache", coreml_kv, ("state", "io")),
         ("Core ML layout", coreml_layout, ("plain", "ane")),
+        ("TensorRT KV cache", tensorrt_kv, ("concat", "scatter")),
     ):
         if given not in allowed:
             raise InputError(f"unknown {what} {given!r}: choose one of {', '.join(allowed)}")
+    if device_profiles and _TENSORRT not in chosen:
+        raise InputError(
+            f"device profiles are for target {_TENSORRT!r}: add it with --target {_TENSORRT}, or leave them"
+        )
     model = _load(checkpoint, output, chosen)
     pairs = _calibration(model, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
@@ -85,23 +96,38 @@ def export(
     steps = _steps(chosen, recipe, base)
     for name, parts in steps.items():
         find_target(name).requires(recipe, model.spec, parts, context)
+    if _TENSORRT in steps:
+        plan.check(device_profiles, model, recipe, steps[_TENSORRT], context, tensorrt_kv)
     for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
     preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None))
-    check_algorithm(algorithm, model.spec.language, recipe, pairs, calibration_samples, _grids(steps))
+    check_algorithm(algorithm, model.spec.language, recipe, pairs, calibration_samples, grids_of(steps))
     preflight.finite(model.checkpoint, progress)
 
     with write.draft(output) as folder:
         manifest = _with_base(base, output, folder) if base else _with_shared(model, context, recipe, folder, progress)
-        job = Job(model, recipe, folder, context, (), pairs, gguf_tokenizer, coreml_kv, coreml_layout, progress)
+        job = Job(
+            model,
+            recipe,
+            folder,
+            context,
+            parts=(),
+            calibration=pairs,
+            gguf_tokenizer=gguf_tokenizer,
+            coreml_kv=coreml_kv,
+            coreml_layout=coreml_layout,
+            tensorrt_kv=tensorrt_kv,
+            device_profiles=tuple(device_profiles),
+            progress=progress,
+        )
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            decided = _decided(jobs, Path(scratch), algorithm, calibration_samples, seed)
+            decided = decide_all(jobs, Path(scratch), algorithm, calibration_samples, seed)
             for name, one in jobs.items():
                 builder = find_target(name)
                 built = builder.build(replace(one, model=decided[name].model) if name in decided else one)
-                manifest = _with_parts(manifest, builder.RUN_BY, _recorded(built, decided.get(name)))
+                manifest = _with_parts(manifest, builder.RUN_BY, recorded(built, decided.get(name)))
         manifest = replace(manifest, recipes={**manifest.recipes, **dict.fromkeys(chosen, str(recipe))})
         if check:
             manifest = _checked(manifest, chosen, jobs, recipe, prompt, greedy_tokens)
@@ -137,48 +163,6 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
             if held is None and part not in steps.setdefault(builder, []):
                 steps[builder].append(part)
     return {name: parts for name, parts in steps.items() if parts}
-
-
-def _grids(steps: Mapping[str, Collection[str]]) -> set[str]:
-    """On which grids language models are to be decided."""
-    return {str(find_target(name).GRIDS) for name, parts in steps.items() if "language_model" in parts} - {"own"}
-
-
-def _decided(jobs: Mapping[str, Job], scratch: Path, algorithm: str, samples: int, seed: int) -> dict[str, Decided]:
-    """Target → the model that it is to pack, decided once for each kind of grid."""
-    from vlm_export.decide import decide
-
-    made: dict[str, Decided] = {}
-    decided: dict[str, Decided] = {}
-    for name, job in jobs.items():
-        for grids in _grids({name: job.parts}):
-            if grids not in made:
-                folder = scratch / str(len(made))
-                folder.mkdir()
-                made[grids] = decide(
-                    job.model,
-                    job.recipe,
-                    job.calibration,
-                    algorithm,
-                    symmetric=grids == "symmetric",
-                    folder=folder,
-                    samples=samples,
-                    seed=seed,
-                    progress=job.progress,
-                )
-            decided[name] = made[grids]
-    return decided
-
-
-def _recorded(parts: Mapping[str, Part], decided: Decided | None) -> Mapping[str, Part]:
-    """The parts, the language model's details with how it was rounded."""
-    if decided is None or not decided.record:
-        return parts
-    part = parts["language_model"]
-    notes = [*part.details.get("notes", ()), *decided.record.get("notes", ())]
-    rounding = {key: value for key, value in decided.record.items() if key != "notes"}
-    details = {**part.details, "rounding": rounding, **({"notes": notes} if notes else {})}
-    return {**parts, "language_model": replace(part, details=details)}
 
 
 def _calibration(model: Model, path: str | Path | None) -> Calibration | None:

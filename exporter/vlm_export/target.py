@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -31,6 +31,8 @@ class Job:
     Files go into `root`/<target>/; the KV cache takes `max_context` positions. `calibration` holds image-text pairs, or
     is None. `gguf_tokenizer` is "checked", or "none", which leaves the vocabulary out of a GGUF. `coreml_kv`: the KV
     cache as a state or as input and output; `coreml_layout`: plain, or channels first as the Neural Engine likes them.
+    `tensorrt_kv`: a cache that grows by concatenation, or one of fixed size that is written in place; engines are built
+    for `device_profiles` ("rtx40"), by default for the GPU at hand.
     """
 
     model: Model
@@ -42,6 +44,8 @@ class Job:
     gguf_tokenizer: Literal["checked", "none"] = "checked"
     coreml_kv: Literal["state", "io"] = "state"
     coreml_layout: Literal["plain", "ane"] = "plain"
+    tensorrt_kv: Literal["concat", "scatter"] = "concat"
+    device_profiles: Sequence[str] = ()
     progress: Progress = lambda stage, done, of: None
 
 

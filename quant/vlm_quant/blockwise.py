@@ -1,4 +1,4 @@
-"""Symmetric integers with one scale a block of columns, as Core ML stores them. Numpy only."""
+"""Symmetric integers with one scale a block of columns, as Core ML and TensorRT store them. Numpy only."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ _CHUNK = 1 << 17  # weights rounded at once, in the cache
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest magnitude: where an int4 scale is tried
 
 
-def quantize_blocks(matrix: Floats, block: int, bits: int) -> tuple[NDArray[np.int8], Floats]:
+def quantize_blocks(matrix: Floats, block: int, bits: int, scale_type: Any = None) -> tuple[NDArray[np.int8], Floats]:
     """Integers of a matrix (rows, columns) whose columns `block` divides: w ≈ values · scale.
 
-    values (rows, columns), −127…127 at 8 bits and −8…7 at 4; scales (rows, columns / block) of the matrix's own type.
+    values (rows, columns), −127…127 at 8 bits and −8…7 at 4; scales (rows, columns / block) of the matrix's own type
+    unless another is given.
     Values are rounded in float32 against the scale as it is stored. int4 takes, of several scales, the one with the
     least squared error; a block of zeros keeps the scale 1.
     """
     rows, columns = matrix.shape
-    values, scales = np.empty((rows, columns), np.int8), np.empty((rows, columns // block), matrix.dtype)
+    dtype = matrix.dtype if scale_type is None else np.dtype(scale_type)
+    values, scales = np.empty((rows, columns), np.int8), np.empty((rows, columns // block), dtype)
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         weights = matrix[part].astype(np.float32).reshape(-1, block)
-        digits, scale = (_int8 if bits == 8 else _int4)(weights, matrix.dtype)
+        digits, scale = (_int8 if bits == 8 else _int4)(weights, dtype)
         values[part] = digits.reshape(-1, columns)
         scales[part] = scale.reshape(-1, columns // block)
     return values, scales

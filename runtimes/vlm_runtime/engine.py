@@ -122,7 +122,7 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-_LATE = {"coreai": 1, "mil": 2}  # they check rather than serve where another engine is at hand
+_LATE = {"coreai": 1, "mil": 2, "tensorrt_onnx": 2}  # they check rather than serve where another engine is at hand
 PART_WORDS = {"vision": "vision_encoder", "projector": "projector", "language": "language_model"}
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 OPSET = 23
-IR_VERSION = 11
+_IR_VERSION = {21: 10, 23: 11, 24: 12}  # opset → the format's version that came with it
 MICROSOFT = "com.microsoft"
 _INLINE = 256  # bytes up to which a tensor stays in the graph, where shape inference can read it
 _PAGE = 4096
@@ -61,7 +61,8 @@ class Graph:
     Use as a context manager and call `save` last; nodes must be added in an order in which they can run.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, opset: int = OPSET) -> None:
+        self.opset = opset
         self.path, self.data_path, self.name = path, path.with_name(path.name + ".data"), name
         self.nodes: list[NodeProto] = []
         self._inputs: list[ValueInfoProto] = []
@@ -113,8 +114,11 @@ class Graph:
             self.reserve(name, array.shape, array.dtype).write(0, array)
         return name
 
-    def reserve(self, name: str, shape: Sequence[int], dtype: Any) -> Region:
-        """Room for a constant of the given shape, to be filled before `save`."""
+    def reserve(self, name: str, shape: Sequence[int], dtype: Any, *, int4: bool = False) -> Region:
+        """Room for a constant of the given shape, to be filled before `save`.
+
+        With `int4` two values lie in each byte of the last axis, the first in the low nibble: the region takes bytes.
+        """
         assert name not in self._tensors, name
         size, align = math.prod(shape) * np.dtype(dtype).itemsize, 64
         if size >= _PAGE:  # large tensors start on a page, where ONNX Runtime can map them
@@ -122,6 +126,8 @@ class Graph:
         region = Region(self._file, -(-self.size // align) * align, tuple(shape), np.dtype(dtype))
         self.size = region.offset + region.size
         proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(region.dtype), dims=list(shape))
+        if int4:
+            proto.data_type, proto.dims[-1] = TensorProto.INT4, 2 * shape[-1]
         proto.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.data_path.name), ("offset", region.offset), ("length", region.size)):
             proto.external_data.add(key=key, value=str(value))
@@ -133,8 +139,10 @@ class Graph:
         os.ftruncate(self._file, self.size)
         os.fsync(self._file)
         graph = helper.make_graph(self.nodes, self.name, self._inputs, self._outputs, list(self._tensors.values()))
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlm-export")
+        domains = {MICROSOFT: 1, "": self.opset} if any(n.domain == MICROSOFT for n in self.nodes) else {"": self.opset}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        version = _IR_VERSION[self.opset]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="vlm-export")
         helper.set_model_props(model, dict(metadata))
         onnx.save(model, self.path)
         onnx.checker.check_model(self.path)

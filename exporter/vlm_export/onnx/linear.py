@@ -88,7 +88,7 @@ class Linears:
     def half(self, name: str, array: NDArray[np.float32]) -> str:
         """A constant stored as fp16 and widened when the graph is loaded."""
         if f"{name}.float" not in self._widened:
-            _check_fp16(name, array)
+            check_fp16(name, array)
             self.graph.tensor(name, array.astype(np.float16))
             self._widened.add(self.graph.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT))
         return f"{name}.float"
@@ -101,10 +101,10 @@ class Linears:
         def write(start: int, rows: NDArray[Any]) -> None:
             values = widen(rows)
             if half:
-                _check_fp16(name, values)
+                check_fp16(name, values)
             region.write_columns(start, values.T.astype(dtype))
 
-        _stream(weight, write)
+        stream(weight, write)
         if half:
             name = self.graph.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT)
         product = self.graph.node("MatMul", [x, name], output if weight.bias is None else f"{output}.product")
@@ -128,7 +128,7 @@ class Linears:
             values.write_columns(start, quantized.values.T)
             scales.write(start, quantized.scales)
 
-        _stream(weight, write)
+        stream(weight, write)
         inputs = [rounded, f"{weight.name}.weight", "unit.scale", f"{weight.name}.scale", "unit.zero"]
         product = self.graph.node("MatMulIntegerToFloat", inputs, f"{output}.product", MICROSOFT)
         if weight.bias is None:
@@ -174,7 +174,7 @@ class Linears:
             values.write(start, quantized.values)
             scales.write(start, quantized.scales)
 
-        _stream(weight, write)
+        stream(weight, write)
         return self._blockwise(x, weight, output, 8, HEAD_GROUP, "")
 
     def _int4(self, x: str, weight: Weight, output: str, group: int) -> str:
@@ -194,7 +194,7 @@ class Linears:
             scales.write(start, quantized.scales)
             zeros.write(start, quantized.zero_points)
 
-        _stream(weight, write)
+        stream(weight, write)
         return self._blockwise(x, weight, output, 4, group, f"{weight.name}.zero")
 
     def _blockwise(self, x: str, weight: Weight, output: str, bits: int, group: int, zeros: str) -> str:
@@ -232,7 +232,7 @@ class Linears:
         return "" if weight.bias is None else self.graph.tensor(f"{weight.name}.bias", weight.bias)
 
 
-def _stream(weight: Weight, write: Callable[[int, NDArray[Any]], None]) -> None:
+def stream(weight: Weight, write: Callable[[int, NDArray[Any]], None]) -> None:
     """Give `write` every row range of the weight, on all cores: numpy works outside the interpreter lock."""
 
     def work(start: int, stop: int) -> None:
@@ -247,7 +247,8 @@ def _spans(rows: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
 
 
-def _check_fp16(name: str, values: NDArray[np.float32]) -> None:
+def check_fp16(name: str, values: NDArray[np.float32]) -> None:
+    """Raise RecipeError naming the tensor where fp16 cannot hold it."""
     largest = float(max(values.max(initial=0), -values.min(initial=0)))
     if largest > _FP16_MAX:
         raise RecipeError(f"{name} reaches {largest:.3g}, beyond fp16: choose fp32 or int8 for its part")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +21,10 @@ from vlm_export.onnx.linear import Linears, Weight
 from vlm_models.errors import CheckpointError
 
 FLOAT = TensorProto.FLOAT
+Constants = Mapping[int, NDArray[Any]]
+"""Which inputs of a node are constants, and what they hold."""
+
+_TRACED_FROM = ("class_hierarchy", "name_scopes")
 
 
 def trace(
@@ -29,26 +34,36 @@ def trace(
 
     `names` are those of its input and output. Matrix products with a weight go through `linears`; all else is copied.
     """
-    traced = _export(module, shape)
+    traced = traced_graph(module, shape)
     (source,), (result,) = traced.inputs, traced.outputs
     source.name, result.name = names
-    graph.input(names[0], FLOAT, _dims(source))
+    graph.input(names[0], FLOAT, dims(source))
+    emit(traced, linears.emit, lambda node, constants: _copy(node, constants, graph, linears))
+    graph.output(names[1], FLOAT, dims(result))
+
+
+def emit(
+    traced: ir.Graph, linear: Callable[[str, Weight, str], str], copy: Callable[[NodeProto, Constants], None]
+) -> None:
+    """Give every linear layer of the graph to `linear`, as (x, weight, output), and all other nodes to `copy`."""
     folded: set[ir.Node] = set()
     for node in traced:
         if node in folded:
             continue
         found = _linear(node)
         if found is None:
-            _copy(node, graph, linears)
+            copy(*_plain(node))
             continue
         weight, end = found
         folded.add(end)
-        linears.emit(_name(node.inputs[0]), weight, _name(end.outputs[0]))
-    graph.output(names[1], FLOAT, _dims(result))
+        linear(_name(node.inputs[0]), weight, _name(end.outputs[0]))
 
 
-def _export(module: torch.nn.Module, shape: tuple[int, ...]) -> ir.Graph:
-    """The module as an ONNX graph with constants folded and dead layers removed, made without any noise."""
+def traced_graph(module: torch.nn.Module, shape: tuple[int, ...]) -> ir.Graph:
+    """The module as an ONNX graph with constants folded and dead layers removed, made without any noise.
+
+    It takes one float32 tensor (N, *shape) with N dynamic. Raises CheckpointError for a module beyond standard ONNX.
+    """
     example = torch.zeros(2, *shape)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -88,7 +103,7 @@ def _linear(node: ir.Node) -> tuple[Weight, ir.Node] | None:
     matrix = _constant(node.inputs[1])
     if matrix is None or matrix.ndim != 2:
         return None
-    name = _name(node.inputs[1])
+    name = _module_name(node) or _name(node.inputs[1])
     if node.op_type == "Gemm":
         plain = all(node.attributes.get_float(key, 1.0) == 1.0 for key in ("alpha", "beta"))
         rows = matrix if "transB" in node.attributes and node.attributes["transB"].as_int() else matrix.T
@@ -116,15 +131,27 @@ def _layer_name(matrix: str, bias: ir.Value | None) -> str:
     return _name(bias).removesuffix(".bias") if _name(bias).endswith(".bias") else matrix
 
 
-def _copy(node: ir.Node, graph: Graph, linears: Linears) -> None:
-    """The node as it is, with its constants written to the data file."""
+def _module_name(node: ir.Node) -> str:
+    """The path of the nn.Linear that the node was traced from, "" where it was none."""
+    kinds, paths = (ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{key}", "[]")) for key in _TRACED_FROM)
+    linears = [path for kind, path in zip(kinds, paths, strict=False) if kind == "torch.nn.modules.linear.Linear"]
+    return linears[-1] if linears else ""
+
+
+def _plain(node: ir.Node) -> tuple[NodeProto, Constants]:
+    """The node as ONNX stores it, and those of its inputs that are constants."""
     proto: NodeProto = ir.serde.serialize_node(node)
     del proto.metadata_props[:]
     proto.doc_string = ""
-    for position, value in enumerate(node.inputs):
-        if (array := _constant(value)) is not None:
-            proto.input[position] = _store(_name(value), array, node.op_type, graph, linears)
-    graph.nodes.append(proto)
+    constants = {position: _constant(value) for position, value in enumerate(node.inputs)}
+    return proto, {position: array for position, array in constants.items() if array is not None}
+
+
+def _copy(node: NodeProto, constants: Constants, graph: Graph, linears: Linears) -> None:
+    """The node as it is, with its constants written to the data file."""
+    for position, array in constants.items():
+        node.input[position] = _store(node.input[position], array, node.op_type, graph, linears)
+    graph.nodes.append(node)
 
 
 def _store(name: str, array: NDArray[Any], op: str, graph: Graph, linears: Linears) -> str:
@@ -148,6 +175,7 @@ def _name(value: ir.Value | None) -> str:
     return "" if value is None or value.name is None else value.name
 
 
-def _dims(value: ir.Value) -> list[int | str]:
+def dims(value: ir.Value) -> list[int | str]:
+    """The shape with its first dimension called N."""
     assert value.shape is not None
     return ["N", *(cast(int, size) for size in value.shape[1:])]

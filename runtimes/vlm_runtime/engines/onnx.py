@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_models.errors import BundleError, DependencyError, InputError, PromptError
-from vlm_runtime.engine import Floats, Options, physical_cpus, thread_count
+from vlm_models.errors import BundleError, InputError, PromptError
+from vlm_runtime.engine import Floats, Options
+from vlm_runtime.onnx_session import PROVIDERS, check_installed, open_session
 
 if TYPE_CHECKING:
     from vlm_runtime.bundle import Bundle
 
 NAME = "onnx"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PREFILL_ROWS = 192  # at once on the CPU: attention computes a whole rectangle, half of it in vain for long blocks
 
 
 def available() -> None:
     """Raises DependencyError where ONNX Runtime is not installed."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise DependencyError("engine 'onnx' needs onnxruntime: pip install 'vlm-export[cpu]'")
+    check_installed(NAME)
 
 
 def encoder(bundle: Bundle, part: str, options: Options) -> OnnxEncoder:
@@ -81,7 +79,7 @@ class OnnxDecoder:
         self.max_context, self.position = max_context, 0
         self._session, self._chunk = session, prefill_chunk
         # On a device ONNX Runtime copies inputs when they are bound, so there each step binds them anew.
-        self._aliased = session.get_providers()[0] == _PROVIDERS["cpu"]
+        self._aliased = session.get_providers()[0] == PROVIDERS["cpu"]
         if self._aliased:
             self._chunk = min(self._chunk, _PREFILL_ROWS)
         self._embed = _aligned((1, 1, hidden_size))
@@ -153,37 +151,8 @@ class OnnxDecoder:
 
 
 def _session(bundle: Bundle, part: str, options: Options) -> Any:
-    """A session for one part, checked to be of this bundle's model. Raises BundleError or DependencyError."""
     available()
-    import onnxruntime as ort
-
-    provider, path = _PROVIDERS[options.device], bundle.path(bundle.part(part, NAME).graph)
-    if provider not in ort.get_available_providers():
-        raise DependencyError(_no_device(options.device, "this onnxruntime is built without it"))
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    threads, cpus = thread_count(options), physical_cpus()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    if 1 < threads == len(cpus):  # all cores are ours: workers that stay on theirs decode about 10 % faster
-        workers = ";".join(str(cpu + 1) for cpu in cpus[1:])  # counted from 1; the calling thread is none of them
-        settings.add_session_config_entry("session.intra_op_thread_affinities", workers)
-    if part != "language_model":  # it runs once, then its threads must not spin against the decoder's
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        session = ort.InferenceSession(path, settings, providers=list(dict.fromkeys([provider, _PROVIDERS["cpu"]])))
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        reason = str(error).splitlines()[0][:200]
-        raise BundleError(f"{path.name} cannot be opened by ONNX Runtime ({reason}): export the model again") from None
-    if session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU without a word
-        raise DependencyError(_no_device(options.device, "its libraries or driver did not load"))
-    written = session.get_modelmeta().custom_metadata_map
-    if written.get("vlm.part") != part or written.get("vlm.fingerprint") != bundle.spec.fingerprint:
-        raise BundleError(f"{path.name} is a part of another model: it is not the {part} of {bundle.spec.name}")
-    return session
-
-
-def _no_device(device: str, reason: str) -> str:
-    return f"ONNX Runtime cannot use device {device!r} ({reason}): pip install 'vlm-export[gpu]', or use --device cpu"
+    return open_session(bundle, part, bundle.part(part, NAME).graph, options)
 
 
 def _cache(session: Any, cache: tuple[int, int, int], max_context: int) -> dict[str, Any]:
