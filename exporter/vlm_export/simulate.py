@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlm_models.checkpoint import Checkpoint, Grid, Stored
+from vlm_models.checkpoint import Checkpoint, Stored
 from vlm_models.errors import RecipeError
+from vlm_models.grid import Grid
 from vlm_models.language import Attention, Linear, Norm, walk
 from vlm_models.model import Model
 from vlm_models.spec import LanguageSpec

@@ -20,8 +20,8 @@ from vlm_export.coreml.layers import SMALL, Constants, Layer, constants
 from vlm_export.coreml.sdk import coremltools, quiet
 from vlm_export.rules import check_rules, kept
 from vlm_export.target import Progress, silent
-from vlm_models.checkpoint import Grid
 from vlm_models.errors import CheckpointError, RecipeError
+from vlm_models.grid import Grid
 from vlm_quant.blockwise import quantize_blocks
 from vlm_quant.coreml_types import CoreMLType, check_coreml, coreml_type
 from vlm_quant.grid import integers, regrouped

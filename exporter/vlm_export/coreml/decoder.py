@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.coreml.sdk import coremltools
-from vlm_models.checkpoint import Checkpoint, Grid
+from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid
 from vlm_models.language import Attention, Linear, Norm, Rows
 from vlm_models.rope import cos_sin
 from vlm_models.spec import LanguageSpec, RopeSpec

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from vlm_models.checkpoint import Grid
+from vlm_models.grid import Grid
 from vlm_quant.grid import integers, regrouped, scales
 from vlm_runtime.llama import library
 

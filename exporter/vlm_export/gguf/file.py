@@ -18,8 +18,8 @@ from vlm_export.gguf.architecture import Architecture, Value
 from vlm_export.gguf.blocks import block, ggml_type, grid_of_blocks, grid_to_blocks, largest, to_blocks
 from vlm_export.gguf.tensors import HEAD, TOKEN_EMBEDDING, Tensor
 from vlm_export.target import Progress
-from vlm_models.checkpoint import Grid
 from vlm_models.errors import BundleError, CheckError, CheckpointError, RecipeError
+from vlm_models.grid import Grid
 from vlm_quant.affine import widen
 from vlm_quant.gguf_types import GgufType
 from vlm_runtime.gguf_header import read_header

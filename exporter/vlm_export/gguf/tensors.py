@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_export.gguf.architecture import graph_of, query_scale, rope_factors
-from vlm_models.checkpoint import Checkpoint, Grid
+from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid
 from vlm_models.model import language_tensors
 from vlm_models.spec import LanguageSpec, VLMSpec
 from vlm_quant.affine import widen

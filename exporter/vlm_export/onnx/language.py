@@ -16,8 +16,9 @@ from onnx import TensorProto
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_export.onnx.linear import Linears, Weight
 from vlm_export.target import Progress
-from vlm_models.checkpoint import Checkpoint, Grid
+from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid
 from vlm_models.language import Attention, Linear, Norm, Rows
 from vlm_models.rope import cos_sin
 from vlm_models.spec import LanguageSpec, RopeSpec

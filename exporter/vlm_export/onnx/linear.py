@@ -15,8 +15,8 @@ from onnx import TensorProto
 
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_export.rules import kept
-from vlm_models.checkpoint import Grid
 from vlm_models.errors import RecipeError
+from vlm_models.grid import Grid
 from vlm_quant.affine import quantize_int4, quantize_int8, quantize_int8_groups, widen
 from vlm_quant.grid import pack_int4, pack_int8, pack_int8_groups, regrouped
 from vlm_quant.recipe import Precision
