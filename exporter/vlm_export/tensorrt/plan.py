@@ -150,8 +150,8 @@ def bytes_per_weight(precision: Precision) -> float:
 
 def covered(step: Step, engines: Iterable[Mapping[str, Any]]) -> bool:
     """Whether engines of a part (`details["engines"]`) run on all devices of a step, made by the same SDK."""
-    same = [one for one in engines if (one["sdk"], one["version"]) == (step.sdk.name, step.sdk.version)]
-    known = {capability for one in same for capability in one["compute_capabilities"]}
+    same = [one for one in engines if (one.get("sdk"), one.get("version")) == (step.sdk.name, step.sdk.version)]
+    known = {capability for one in same for capability in one.get("compute_capabilities", ())}
     return known.issuperset(step.capabilities)
 
 
