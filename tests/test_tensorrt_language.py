@@ -283,13 +283,22 @@ def test_tensorrt_builds_engines(make_tiny: MakeTiny, tmp_path: Path, family: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["fp32", "fp16", "bf16", "int4:g32", "fp8"])
 @every_family
 def test_tensorrt_builds_every_family_for_every_device(
-    make_tiny: MakeTiny, tmp_path: Path, options: dict[str, Any], text: str
+    make_tiny: MakeTiny, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = load_model(make_tiny(**options))
+    for kv in KVS:
+        exported(model, tmp_path, "fp16", kv)
+        for capability in ("SM86", "SM89", "SM120"):
+            assert engine_bytes(tmp_path / "language_model.onnx", capability), (kv, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["fp32", "bf16", "int8", "int4:g32", "w8a8", "fp8"])
+def test_tensorrt_builds_every_precision_but_fp8_on_ampere(make_tiny: MakeTiny, tmp_path: Path, text: str) -> None:
+    model = load_model(make_tiny(text="gemma3_text"))
     for kv, capability in itertools.product(KVS, ("SM86", "SM89", "SM120")):
         exported(model, tmp_path, text, kv, Everywhere())
-        found = engine_bytes(tmp_path / "language_model.onnx", capability)
-        assert (found == 0) == (text == "fp8" and capability == "SM86"), (kv, capability)
+        built = engine_bytes(tmp_path / "language_model.onnx", capability) > 0
+        assert built == (text != "fp8" or capability != "SM86"), (kv, capability)
