@@ -52,7 +52,7 @@ DEVICES: Mapping[str, Device] = {
         Device("rtx40", "8.9", 8 * GIB, "GeForce RTX 40, RTX Ada"),
         Device("l4", "8.9", 24 * GIB, "L4, L40"),
         Device("h100", "9.0", 80 * GIB, "H100, H200, GH200"),
-        Device("thor", "11.0", 64 * GIB, "Jetson Thor T4000, T5000", unified=True),
+        Device("thor", "11.0", 64 * GIB, "Jetson Thor T4000, T5000", unified=True, opset=21),
         Device("rtx50", "12.0", 8 * GIB, "GeForce RTX 50, RTX PRO Blackwell"),
         Device("spark", "12.1", 128 * GIB, "DGX Spark", unified=True),
     )
