@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-GRAVE = 0xCC
+GRAVE = 0xFF  # not a number, in every type
 
 
 class Error(enum.IntEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fake_cuda import FakeCuda
-from fake_tensorrt import VERSIONS, FakeTensorRT, Strategy, engine_file, install
+from fake_cuda import Attribute, FakeCuda, Kind
+from fake_tensorrt_runtime import VERSIONS, FakeTensorRT, Strategy, engine_file, install
 from running import HIDDEN, IMAGE_TOKENS
 from tensorrt_layout import CHUNK, CONTEXT, io, opened, plain_logits, replaced
 from vlm_models.errors import BundleError, DependencyError, InputError, PromptError
 from vlm_runtime import tensorrt_engine
 from vlm_runtime.bundle import Bundle
-from vlm_runtime.cuda import Gpu, Memory
+from vlm_runtime.cuda import Gpu, Memory, check_device
 from vlm_runtime.engine import Options, find_engine
 from vlm_runtime.engines import tensorrt as engine
 from vlm_runtime.engines import tensorrt_onnx
@@ -378,6 +379,26 @@ def test_tensorrt_rtx_still_has_the_calls_that_the_engine_makes(tmp_path: Path, 
     }
     assert [f"{c.__name__}.{n}" for c, names in calls.items() for n in names if not hasattr(c, n)] == []
     assert {kind for kind in tensorrt_engine.TYPES if hasattr(trt.DataType, kind)} == set(tensorrt_engine.TYPES)
+
+
+def test_cuda_bindings_still_has_the_calls_that_are_made() -> None:
+    real: Any = importlib.import_module("cuda.bindings.runtime")
+    calls = [name for name in vars(FakeCuda) if name.startswith("cuda")]
+    assert [name for name in calls if not hasattr(real, name)] == []
+    assert [name for name in ("cudaErrorMemoryAllocation", "cudaSuccess") if not hasattr(real.cudaError_t, name)] == []
+    for ours, theirs in ((Kind, real.cudaMemcpyKind), (Attribute, real.cudaDeviceAttr)):
+        assert {one.name: int(getattr(theirs, one.name)) for one in ours} == {one.name: one.value for one in ours}
+    assert hasattr(real.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")
+
+
+def test_the_real_driver_answers_or_its_absence_is_one_line() -> None:
+    told = ""
+    try:
+        check_device("tensorrt")
+    except DependencyError as error:
+        told = str(error)
+    one_line = r"engine 'tensorrt' needs an NVIDIA GPU and its driver, which do not answer \(\w.*\): --engine .*"
+    assert re.fullmatch(one_line, told) or re.fullmatch(r"\d+\.\d", Gpu("tensorrt").capability)
 
 
 def test_the_real_runtime_refuses_what_is_no_engine_in_one_line(

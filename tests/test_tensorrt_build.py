@@ -358,3 +358,13 @@ def test_the_timing_cache_grows_beside_the_manifest(plain: Path, tmp_path: Path)
         assert list(json.loads(ran.stdout)) == ["result"]  # what the SDK prints went to stderr
         assert "greeting" in ran.stderr
         assert cache.read_bytes() == held
+
+
+def test_an_input_of_no_known_range_says_to_export_again(plain: Path) -> None:
+    manifest = read_manifest(plain)
+    old = manifest.parts["language_model"]["tensorrt"]
+    part = dataclasses.replace(old, details={"io": {"kv": "concat", "layers": LAYERS}})
+    with pytest.raises(
+        CheckError, match=r"its input 'inputs_embeds' is \[1, -1, 32\], of which no range is known; exp"
+    ):
+        build_engines(plain, {"language_model": part}, ["rtx40"])

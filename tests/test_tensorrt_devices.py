@@ -89,6 +89,11 @@ def test_a_precision_that_a_device_cannot_take_is_refused_with_the_reason(name: 
     assert f"language={precision(text)}" in str(error.value)
 
 
+def test_one_device_with_an_old_parser_keeps_all_graphs_old() -> None:
+    assert devices.opset_of([]) == devices.opset_of(["rtx40", "thor"]) == 23
+    assert devices.opset_of(["rtx40", "orin:16"]) == 21
+
+
 def test_an_unknown_profile_lists_them_all() -> None:
     with pytest.raises(InputError, match=r"unknown device profile 'rtx60': choose one of t4, rtx20, .*orin.*thor"):
         find_device("rtx60")

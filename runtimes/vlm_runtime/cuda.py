@@ -94,7 +94,7 @@ class Gpu:
         address = int(self.call("cudaMallocHost", max(size, 1)))
         raw = (ctypes.c_char * size).from_address(address)
         weakref.finalize(raw, self.cuda.cudaFreeHost, address).atexit = False
-        array = np.frombuffer(raw, dtype).reshape(shape)
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=memoryview(raw).cast("B"))
         array[...] = 0
         return array
 

@@ -20,9 +20,10 @@ def check_installed(engine: str) -> None:
         raise DependencyError(f"engine {engine!r} needs onnxruntime: pip install 'vlm-export[cpu]'")
 
 
-def open_session(bundle: Bundle, part: str, graph: str, options: Options) -> Any:
+def open_session(bundle: Bundle, part: str, graph: str, options: Options, *, exact: bool = False) -> Any:
     """A session for the file `graph`, checked to be `part` of this bundle's model.
 
+    `exact` multiplies dequantized weights with x as it is, where ONNX Runtime would round x to 8 bits for speed.
     Raises BundleError, or DependencyError where ONNX Runtime cannot use the device.
     """
     import onnxruntime as ort
@@ -37,6 +38,8 @@ def open_session(bundle: Bundle, part: str, graph: str, options: Options) -> Any
     if 1 < threads == len(cpus):  # all cores are ours: workers that stay on theirs decode about 10 % faster
         workers = ";".join(str(cpu + 1) for cpu in cpus[1:])  # counted from 1; the calling thread is none of them
         settings.add_session_config_entry("session.intra_op_thread_affinities", workers)
+    if exact:
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if part != "language_model":  # it runs once, then its threads must not spin against the decoder's
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     try:

@@ -12,6 +12,7 @@ from vlm_export.activation_ranges import ActivationRanges, language_ranges, visi
 from vlm_export.preflight import weights
 from vlm_export.target import Job
 from vlm_export.tensorrt.build import build_engines
+from vlm_export.tensorrt.devices import opset_of
 from vlm_export.tensorrt.language import language_model
 from vlm_export.tensorrt.plan import bytes_per_weight
 from vlm_export.tensorrt.trtexec import write_script
@@ -59,7 +60,7 @@ def build(job: Job) -> dict[str, Part]:
 
     Raises RecipeError for rounded activations without calibration pairs.
     """
-    folder = job.root / FOLDER
+    folder, opset = job.root / FOLDER, opset_of(job.device_profiles)
     ranges = {part: _ranges(job, part) for part in job.parts}
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}
@@ -74,11 +75,14 @@ def build(job: Job) -> dict[str, Part]:
                 max_context=job.max_context,
                 kv=job.tensorrt_kv,
                 ranges=ranges[part],
+                opset=opset,
                 progress=job.progress,
             )
         else:
             encoder = cast(EncoderPart, part)
-            parts[part] = vision_part(job.model, encoder, precision, folder, ranges=ranges[part], progress=job.progress)
+            parts[part] = vision_part(
+                job.model, encoder, precision, folder, ranges=ranges[part], opset=opset, progress=job.progress
+            )
     write_script(job.root, job.model.spec, parts)
     return build_engines(job.root, parts, job.device_profiles, job.progress)
 

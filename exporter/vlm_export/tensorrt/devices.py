@@ -6,8 +6,9 @@ support matrix has them. A profile stands for the smallest common board; "rtx40:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vlm_models.errors import InputError, RecipeError
 from vlm_models.spec import LanguageSpec
@@ -22,7 +23,8 @@ _DISCRETE, _UNIFIED = 0.9, 0.75  # of its memory that a board leaves to a model;
 class Device:
     """A profile: `capability` is NVIDIA's compute capability, `memory` in bytes.
 
-    `unified` memory is shared with the CPU. `given` says whether a person named the board.
+    `unified` memory is shared with the CPU. `opset` is the newest of ONNX that the parser at hand there surely reads:
+    Orins of JetPack 6 have TensorRT 10.3, which knows none of the operators of 23.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Device:
     memory: int
     boards: str
     unified: bool = False
+    opset: Literal[21, 23] = 23
 
     @property
     def usable(self) -> float:
@@ -45,11 +48,11 @@ DEVICES: Mapping[str, Device] = {
         Device("a100", "8.0", 40 * GIB, "A100, A30"),
         Device("rtx30", "8.6", 8 * GIB, "GeForce RTX 30, RTX A2000 to A6000"),
         Device("a10", "8.6", 24 * GIB, "A10, A40"),
-        Device("orin", "8.7", 8 * GIB, "Jetson Orin Nano, NX, AGX", unified=True),
+        Device("orin", "8.7", 8 * GIB, "Jetson Orin Nano, NX, AGX", unified=True, opset=21),
         Device("rtx40", "8.9", 8 * GIB, "GeForce RTX 40, RTX Ada"),
         Device("l4", "8.9", 24 * GIB, "L4, L40"),
         Device("h100", "9.0", 80 * GIB, "H100, H200, GH200"),
-        Device("thor", "11.0", 64 * GIB, "Jetson Thor T4000, T5000", unified=True),
+        Device("thor", "11.0", 64 * GIB, "Jetson Thor T4000, T5000", unified=True, opset=21),
         Device("rtx50", "12.0", 8 * GIB, "GeForce RTX 50, RTX PRO Blackwell"),
         Device("spark", "12.1", 128 * GIB, "DGX Spark", unified=True),
     )
@@ -81,6 +84,11 @@ def find_device(text: str) -> Device:
     if not digits.isdecimal() or not 1 <= int(digits) <= 1024:
         raise InputError(f"device profile {text!r} has no such memory: write whole GB, as in '{name}:24'")
     return replace(DEVICES[name], memory=int(digits) * GIB)
+
+
+def opset_of(names: Sequence[str]) -> Literal[21, 23]:
+    """The ONNX opset that graphs for all these profiles may use; 23 where none is named."""
+    return 21 if any(find_device(name).opset == 21 for name in names) else 23
 
 
 def device_of(capability: str, memory: int, board: str) -> Device:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from vlm_export.onnx.graph import Graph
+from vlm_export.onnx.graph import OPSET, Graph
 from vlm_export.onnx.linear import Weight
 from vlm_export.target import Progress
 from vlm_export.tensorrt.check_graph import write_check_graph
 from vlm_export.tensorrt.linear import Linears, Ranges
+from vlm_export.tensorrt.operators import rms_norm, rotate
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language import Attention, Linear, Norm, Rows, walk
@@ -29,7 +30,6 @@ from vlm_runtime.manifest import Part
 
 KV = Literal["concat", "scatter"]
 FOLDER, PART, HEAD = "tensorrt", "language_model", "lm_head"
-OPSETS = {"concat": 23, "scatter": 24}
 PREFILL_CHUNK = 1024  # rows that one run takes at most: a picture and its question in one
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -52,16 +52,19 @@ def language_model(
     kv: KV,
     ranges: Ranges | None,
     progress: Progress,
+    opset: Literal[21, 23] = 23,
 ) -> Part:
     """Write folder/language_model.onnx: embeddings (1, S, hidden) → float32 logits of the last row (1, vocab).
 
     `position` (1,) is how many rows the cache holds. "concat": past_{key,value}.l (1, kv_heads, P, head_dim) grow into
-    present_{key,value}.l; "scatter": {key,value}_cache.l and new_{key,value}_cache.l (1, kv_heads, max_context,
-    head_dim) are meant to be the same memory. Rows of the cache beyond the position are never seen, but must be finite.
+    present_{key,value}.l; "scatter", opset 24: {key,value}_cache.l and new_{key,value}_cache.l (1, kv_heads,
+    max_context, head_dim) are meant to be the same memory, whose rows beyond the position are not seen but must be
+    finite. Opset 21, for "concat" alone, has only operators that older TensorRT (JetPack 6) knows; not tried there.
     io["check_graph"] is the graph for ONNX Runtime where that cannot run this one. Raises RecipeError, CheckpointError.
     """
     language = spec.language
-    with Graph(folder / f"{PART}.onnx", PART, OPSETS[kv]) as graph:
+    assert kv == "concat" or opset == 23, "TensorScatter is of opset 24"
+    with Graph(folder / f"{PART}.onnx", PART, 24 if kv == "scatter" else opset) as graph:
         emitter = TensorRTLanguage(graph, checkpoint, language, precision, max_context, kv, ranges, progress)
         emitter.finish(walk(language, emitter, emitter.begin()))
         graph.save({"vlm.fingerprint": spec.fingerprint, "vlm.part": PART})
@@ -124,7 +127,7 @@ class TensorRTLanguage:
         weight = self._floats(Rows(norm.tensor, 0, norm.size)) + np.float32(norm.offset)
         scale = self.graph.tensor(f"{norm.name}.weight", weight)
         wide = self._wide(x, f"{norm.name}.wide")
-        normed = self.graph.node("RMSNormalization", [wide, scale], f"{norm.name}.normed", axis=-1, epsilon=norm.eps)
+        normed = rms_norm(self.graph, wide, scale, f"{norm.name}.normed", norm.eps)
         return self._narrow(normed, f"{norm.name}.out")
 
     def head_norm(self, x: str, norm: Norm, heads: int) -> str:
@@ -138,7 +141,7 @@ class TensorRTLanguage:
         keys = self._rotate(self._split(k, f"{layer}.k", a.kv_heads, a.head_dim), f"{layer}.k.rotated", a.rope)
         values = self._split(v, f"{layer}.v", a.kv_heads, a.head_dim)
         keys, values = (self._cached(rows, kind, a) for kind, rows in (("key", keys), ("value", values)))
-        fused = self.linear_layers.compute != "fp32" and not a.softcap
+        fused = self.graph.opset >= OPSET and self.linear_layers.compute != "fp32" and not a.softcap
         attend = self._fused if fused else self._written_out
         seen = attend(queries, keys, values, a, f"{layer}.seen")  # (1, heads, S, head_dim)
         turned = self.graph.node("Transpose", [seen], f"{layer}.turned", perm=[0, 2, 1, 3])
@@ -240,8 +243,8 @@ class TensorRTLanguage:
         return self._masks[window]
 
     def _rotate(self, x: str, out: str, rope: RopeSpec) -> str:
-        inputs = [x, *self._rope(rope)]
-        return self.graph.node("RotaryEmbedding", inputs, out, rotary_embedding_dim=rope.dim)
+        cos, sin = self._rope(rope)
+        return rotate(self.graph, x, cos, sin, out, rope.dim, self.spec.head_dim)
 
     def _rope(self, rope: RopeSpec) -> list[str]:
         """cos and sin of the rows' positions, (1, S, dim / 2), looked up once for all layers of this rope."""

@@ -13,13 +13,14 @@ from vlm_export.tensorrt.devices import (
     device_of,
     find_device,
     kv_bytes,
+    opset_of,
     refuse,
     refuse_memory,
     why_not,
 )
 from vlm_export.tensorrt.machine import check_memory
 from vlm_export.tensorrt.sdk import Sdk, find_sdks, gpu_at_hand
-from vlm_models.errors import DependencyError, RecipeError
+from vlm_models.errors import DependencyError, InputError, RecipeError
 from vlm_models.spec import LanguageSpec
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
 from vlm_quant.recipe import Precision, parse_recipe
@@ -120,6 +121,11 @@ def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[st
 
     chosen = {part: getattr(recipe, RECIPE_PARTS[part]) for part in parts}
     devices = devices_of(names, chosen)
+    if kv == "scatter" and opset_of(names) < 23:
+        old = next(name for name in names if opset_of([name]) < 23)
+        raise InputError(
+            f"device profile {old!r} may have a TensorRT that does not know TensorScatter: take --tensorrt-kv concat"
+        )
     sizes = {part: weights(model, part) * bytes_per_weight(precision) for part, precision in chosen.items()}
     if names:
         check_boards(devices, sizes, model.spec.language, recipe.language, context, kv)
@@ -150,8 +156,8 @@ def bytes_per_weight(precision: Precision) -> float:
 
 def covered(step: Step, engines: Iterable[Mapping[str, Any]]) -> bool:
     """Whether engines of a part (`details["engines"]`) run on all devices of a step, made by the same SDK."""
-    same = [one for one in engines if (one["sdk"], one["version"]) == (step.sdk.name, step.sdk.version)]
-    known = {capability for one in same for capability in one["compute_capabilities"]}
+    same = [one for one in engines if (one.get("sdk"), one.get("version")) == (step.sdk.name, step.sdk.version)]
+    known = {capability for one in same for capability in one.get("compute_capabilities", ())}
     return known.issuperset(step.capabilities)
 
 

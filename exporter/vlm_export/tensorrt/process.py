@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import IO, Any
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckError, DependencyError
 
+_KILLED = -9  # SIGKILL, which Windows does not name
 # -P: the folder that the user is in may well hold one called "tensorrt".
 COMMAND = (sys.executable, "-P", "-m", "vlm_export.tensorrt.worker")
 
@@ -71,7 +71,7 @@ def _try(operator: str) -> str:
 
 
 def _crash(code: int, who: str, last: str) -> str:
-    if code == -signal.SIGKILL:
+    if code == _KILLED:
         return f"{who}: the builder was killed, as systems do when memory runs out: close other programs or add swap"
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{who}: the builder crashed ({how}){f', its last words: {last!r}' if last else ''}"

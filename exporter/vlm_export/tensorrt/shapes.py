@@ -19,10 +19,9 @@ def span(name: str, axis: int, io: Mapping[str, Any]) -> Range | None:
     One row is usual, for decoding is what is waited for; the past is usually half full.
     """
     kind = name.partition(".")[0]
-    if kind in ("past_key", "past_value") and axis == 2:
-        context = int(io["max_context"])
-        return 0, context // 2, context - 1
-    if kind == "inputs_embeds" and axis == 1:
+    if kind in ("past_key", "past_value") and axis == 2 and "max_context" in io:
+        return position_values(io)
+    if kind == "inputs_embeds" and axis == 1 and "prefill_chunk" in io:
         return 1, 1, int(io["prefill_chunk"])
     if kind in ("pixel_values", "image_features") and axis == 0:
         return 1, 1, int(io.get("max_batch", MAX_BATCH))
@@ -40,6 +39,6 @@ def shapes(name: str, dimensions: Sequence[int], io: Mapping[str, Any]) -> Shape
 
 
 def position_values(io: Mapping[str, Any]) -> Range:
-    """Values of `position`, for an SDK that wants them when it plans: where shapes follow from it."""
+    """Rows in the cache; also the values of `position`, for an SDK that wants them when it plans."""
     context = int(io["max_context"])
     return 0, context // 2, context - 1

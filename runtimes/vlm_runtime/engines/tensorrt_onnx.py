@@ -124,7 +124,7 @@ class TensorRTOnnxDecoder(StepDecoder):
 def _session(bundle: Bundle, part: str, options: Options) -> Any:
     held: Part = bundle.part(part, NAME)
     on_cpu = check_graph(held) if options.device == "cpu" else None
-    return open_session(bundle, part, on_cpu or held.graph, options)
+    return open_session(bundle, part, on_cpu or held.graph, options, exact=True)  # as TensorRT does
 
 
 def _check(session: Any, io: LanguageIO) -> tuple[str, int]:
