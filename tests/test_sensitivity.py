@@ -20,7 +20,9 @@ from conftest import MakeTiny
 from exporting import command
 from vlm_export import export, goal, recommend
 from vlm_export.budget import Point, front, parse_size, path, within_budget, within_kl
+from vlm_export.decide import decide
 from vlm_export.importance import examples
+from vlm_export.pairs import calibration_pairs
 from vlm_export.quality import HeldOut, Quality, ask, compared, held_out
 from vlm_export.sensitivity import Effect, Group, effects, fixed_bytes, groups, recipe_of
 from vlm_export.simulate import EMBEDDING, Rounding, decoder_linears, rounded, rounding, simulate
@@ -421,3 +423,27 @@ def test_without_matplotlib_nothing_is_measured(tiny: Path, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r"needs matplotlib: pip install 'vlm-export\[sensitivity\]'"):
         goal.measured(str(tiny), None, tmp_path, "fp16", None, None, None, "rtn", 8, 0, silent)
+
+
+def test_an_export_leaves_unreadable_pictures_out_and_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write_pairs(tmp_path, 12)
+    (tmp_path / "00003.png").write_bytes(b"no picture")
+    checkpoint = load_model(tiny).checkpoint
+    everything = read_pairs(tmp_path)
+    lost = [pair for pair in everything.pairs if pair.image.name == "00003.png"]
+    found = calibration_pairs(checkpoint, tmp_path)
+    assert found is not None
+    assert (len(found.pairs), found.skipped) == (len(everything.pairs) - len(lost), len(lost))
+    decided = decide(load_model(tiny), parse_recipe("int4"), found, "gptq", folder=tmp_path, samples=4)
+    assert decided.record["skipped"] == len(lost)
+    assert any(note.startswith(f"{len(lost)} calibration pairs left out") for note in decided.record["notes"])
+    monkeypatch.setattr("vlm_export.pairs.POOL", 20)
+    assert len(calibration_pairs(checkpoint, tmp_path).pairs) <= 20  # type: ignore[union-attr]
+    assert calibration_pairs(checkpoint, None) is None
+    (tmp_path / "00004.png").write_bytes(b"no picture")
+    with pytest.raises(
+        InputError, match=r"^\d+ of 20 calibration pairs have a picture that cannot be opened"
+    ):
+        calibration_pairs(checkpoint, tmp_path)

@@ -23,8 +23,7 @@ from vlm_export.sensitivity import Effect, effects, fixed_bytes, groups
 from vlm_export.simulate import simulate
 from vlm_export.target import Progress, silent
 from vlm_models.errors import InputError
-from vlm_quant.calibration import Calibration, readable, sample, split
-from vlm_runtime.image import open_image
+from vlm_quant.calibration import Calibration, sample, split
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
@@ -182,4 +181,4 @@ def _pairs(calibration: Calibration | None, seed: int) -> tuple[Calibration, Cal
     ours, held = split(calibration, HELD, seed)
     enough = len({pair.image for pair in held.pairs}) > FEWEST
     checks, probes = split(held, 1 / 3, seed) if enough else (held, held)
-    return ours, readable(sample(probes, PROBES, seed), open_image), readable(sample(checks, CHECKS, seed), open_image)
+    return ours, sample(probes, PROBES, seed), sample(checks, CHECKS, seed)
