@@ -353,6 +353,11 @@ def test_goals_that_cannot_be_are_one_line(tiny: Path, pairs: Calibration) -> No
             recommend.recommend(model, pairs, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="measured on image-text pairs: give --calibration"):
         recommend.recommend(model, None)
+    assert [recommend._fitting("awq+gptq", model.spec.language, parse_recipe(r)) for r in ("fp16", "int8", "int4")] == [
+        "rtn",
+        "gptq",
+        "awq+gptq",
+    ]
     with pytest.raises(InputError, match="at least 4 pictures that differ, here are 3"):
         recommend.recommend(model, pairs)
 
@@ -443,7 +448,14 @@ def test_an_export_leaves_unreadable_pictures_out_and_says_so(
     assert len(calibration_pairs(checkpoint, tmp_path).pairs) <= 20  # type: ignore[union-attr]
     assert calibration_pairs(checkpoint, None) is None
     (tmp_path / "00004.png").write_bytes(b"no picture")
-    with pytest.raises(
-        InputError, match=r"^\d+ of 20 calibration pairs have a picture that cannot be opened"
-    ):
+    with pytest.raises(InputError, match=r"^\d+ of 20 calibration pairs have a picture that cannot be opened"):
         calibration_pairs(checkpoint, tmp_path)
+
+
+def test_an_algorithm_that_is_none_is_refused_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write_pairs(tmp_path, 4)
+    monkeypatch.delattr(recommend, "held_out")
+    with pytest.raises(InputError, match="unknown algorithm 'best': choose one of auto, rtn"):
+        recommend.recommend(load_model(tiny), read_pairs(tmp_path), algorithm="best")

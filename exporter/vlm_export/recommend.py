@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export import budget as budgets
+from vlm_export.algorithms import STEPS, check_algorithm, rounded_bits
 from vlm_export.budget import Point
 from vlm_export.decide import decide
 from vlm_export.goal import MAX_KL
@@ -24,15 +25,20 @@ from vlm_export.simulate import simulate
 from vlm_export.target import Progress, silent
 from vlm_models.errors import InputError
 from vlm_quant.calibration import Calibration, sample, split
+from vlm_quant.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
+    from vlm_models.spec import LanguageSpec
 
 PROBES = 32  # pairs on which groups are tried
 CHECKS = 64  # pairs on which recipes are measured
 HELD = 0.4  # share of the pictures that calibration does not see
 FEWEST = 4  # pictures: intervals need two that are measured on
 SPREAD = 5  # recipes of the path that a report measures beside those that the choice needs
+
+
+_BOTH = parse_recipe("language=int4;self_attn=int8")  # something to do for every algorithm
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def recommend(
     if not floor > 0:
         raise InputError(f"max KL {floor:g} cannot be: give nats above 0, such as {MAX_KL:g}")
     ours, probes, checks = _pairs(calibration, seed)
+    check_algorithm(algorithm, model.spec.language, _BOTH, ours, samples)
     probed = held_out(model, probes, progress)
     found, fixed = groups(model), fixed_bytes(model)
     tried = tuple(effects(model, probed, progress))
@@ -156,7 +163,7 @@ class _Measure:
                     self._model,
                     recipe,
                     self._calibration,
-                    self._algorithm,
+                    _fitting(self._algorithm, self._model.spec.language, recipe),
                     folder=Path(folder),
                     samples=self._samples,
                     seed=self._seed,
@@ -166,6 +173,14 @@ class _Measure:
             self.records[index] = {k: v for k, v in decided.record.items() if k != "layers"}
             self._progress("recipes", len(self.known), max(len(self.known), len(self._path).bit_length()))
         return self.known[index]
+
+
+def _fitting(algorithm: str, spec: LanguageSpec, recipe: Recipe) -> str:
+    """The algorithms of "awq+gptq" that have something to do for a recipe; "rtn" where none has."""
+    if algorithm in ("auto", "rtn"):
+        return algorithm
+    bits = rounded_bits(spec, recipe)
+    return "+".join(step for step in algorithm.split("+") if STEPS[step] & bits) or "rtn"
 
 
 def _pairs(calibration: Calibration | None, seed: int) -> tuple[Calibration, Calibration, Calibration]:
