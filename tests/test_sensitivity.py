@@ -270,7 +270,7 @@ def test_a_budget_takes_the_first_recipe_that_fits_or_says_the_smallest(
     assert within_budget(points, middle.bytes) is middle
     assert within_budget(points, middle.bytes + 1) is middle
     assert within_budget(points, 10**9) is points[0]
-    with pytest.raises(InputError, match=r"^budget 1000 bytes cannot be met: the smallest .* is [\d.]+ KiB, with"):
+    with pytest.raises(InputError, match=r"^budget 0\.001 MB cannot be met: the smallest .* is [\d.]+ MB, with"):
         within_budget(points, 1000)
 
 
