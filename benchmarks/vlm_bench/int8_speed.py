@@ -121,9 +121,10 @@ def long_prompts(truths: Sequence[Any], rows: int) -> list[Any]:
 
     made = []
     for i, truth in enumerate(truths):
-        embeds, before = truth.embeds, []
+        embeds, before, length = truth.embeds, list[Any](), len(truth.embeds)
         for other in (truths[(i + 7 * n) % len(truths)] for n in range(1, len(truths))):
-            if len(embeds) + sum(map(len, before)) + len(other.embeds) > rows:
+            length += len(other.embeds)
+            if length > rows:
                 break
             before.append(other.embeds)
         long = torch.cat([*before, embeds])
