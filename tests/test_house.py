@@ -23,7 +23,7 @@ PACKAGES = {
     "vlm_bench": ROOT / "benchmarks/vlm_bench",
 }
 # Which of our packages each floor may import; None: all of the package, else these modules of it.
-LIGHT = {"errors", "spec", "plain", "command"}
+LIGHT = {"errors", "spec", "plain", "command", "grid"}
 FLOORS: dict[str, dict[str, set[str] | None]] = {
     "vlm_models": {"vlm_models": None},
     "vlm_quant": {"vlm_quant": None, "vlm_models": LIGHT},

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid as Grid
 
 Array = npt.NDArray[Any]
 
@@ -31,24 +32,6 @@ _SPELLINGS = (
 )
 # Buffers that old versions saved; they follow from the config.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a weight matrix (R, C) was rounded already: w = (integer − zero) · scale in groups of `group_size` columns.
-
-    `scales` (R, G) float32, `zeros` (R, G) uint8 for integers from 0, or None for symmetric ones around 0.
-    """
-
-    bits: int
-    group_size: int
-    scales: Array
-    zeros: Array | None = None
-
-    def rows(self, start: int, stop: int) -> Grid:
-        """That of rows start:stop."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return Grid(self.bits, self.group_size, self.scales[start:stop], zeros)
 
 
 @dataclass(frozen=True)

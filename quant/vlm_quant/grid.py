@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_models.checkpoint import Grid
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid
 from vlm_quant.affine import Int4, Int8, Int8Groups, blocks, widen
 
 _NEAR = 0.35  # of a step: more than float16 moves 8-bit integers by, and bfloat16 4-bit ones
