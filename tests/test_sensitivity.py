@@ -484,3 +484,15 @@ def test_an_algorithm_that_is_none_is_refused_before_anything_is_measured(
     monkeypatch.delattr(recommend, "held_out")
     with pytest.raises(InputError, match="unknown algorithm 'best': choose one of auto, rtn"):
         recommend.recommend(load_model(tiny), read_pairs(tmp_path), algorithm="best")
+
+
+def test_lost_answers_count_unless_a_kl_was_asked_for() -> None:
+    def quality(kl: float, exact: int) -> Quality:
+        one = np.ones(200, np.int64)
+        return Quality(np.full(200, kl), one, one, np.arange(200) < exact, np.arange(200))
+
+    found = [quality(0.0, 190), quality(0.01, 188), quality(0.02, 187)]
+    assert [recommend.judged(found.__getitem__, strict=True)(i) for i in range(3)] == pytest.approx(
+        [0.0, 0.01, float("inf")]
+    )
+    assert recommend.judged(found.__getitem__, strict=False)(2) == pytest.approx(0.02)

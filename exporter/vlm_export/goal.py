@@ -110,6 +110,8 @@ def show(found: Recommended, output: Path | None, *, as_json: bool, quiet: bool)
     elif not quiet:
         console.print(pareto.group_table(found))
         console.print(pareto.recipe_table(found))
+        for number, point in enumerate(pareto.ordered(found), 1):
+            console.print(f"{number}  {point.recipe}", highlight=False, markup=False, soft_wrap=True)
         said = f"{found.goal}: --precision '{found.point.recipe}'"
         written = "" if output is None else f"  ({output}: {', '.join(pareto.NAMES)})"
         console.print(f"{said}{written}, {found.seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)

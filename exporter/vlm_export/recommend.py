@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from vlm_export.algorithms import STEPS, check_algorithm, rounded_bits
 from vlm_export.budget import Point
 from vlm_export.decide import decide
 from vlm_export.goal import MAX_KL
-from vlm_export.quality import HeldOut, ask, held_out
+from vlm_export.quality import HeldOut, Quality, ask, held_out
 from vlm_export.sensitivity import Effect, effects, fixed_bytes, groups
 from vlm_export.simulate import simulate
 from vlm_export.target import Progress, silent
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PROBES = 32  # pairs on which groups are tried
 CHECKS = 64  # pairs on which recipes are measured
 HELD = 0.4  # share of the pictures that calibration does not see
+MAX_LOST = 0.01  # of all questions, exact answers that are no more; of few questions that is none
 FEWEST = 4  # pictures: intervals need two that are measured on
 SPREAD = 5  # recipes of the path that a report measures beside those that the choice needs
 
@@ -90,6 +91,7 @@ def recommend(
 ) -> Recommended:
     """The smallest recipe with a KL of at most `max_kl` nats per answer token, or the best one within `budget` bytes.
 
+    Without either: KL up to MAX_KL, and no more exact answers lost than MAX_LOST of the questions.
     `budget` is a size as in "120MB" of weights, table and tokenizer together. `spread` measures that many recipes of
     the path beside those that the choice needs. Raises InputError without pairs, for a budget that cannot be met and
     for both goals at once, CheckError where no recipe is good enough.
@@ -111,14 +113,15 @@ def recommend(
         budgets.within_budget(path, limit)
     measure = _Measure(model, path, held_out(model, checks, progress), ours, algorithm, samples, seed, progress)
     if limit is None:
-        index = budgets.within_kl(path, floor, lambda i: measure(i).mean_kl)
+        kl_of = judged(measure, strict=max_kl is None)
+        index = budgets.within_kl(path, floor, kl_of)
     else:
         index = path.index(budgets.within_budget(path, limit))
     for i in sorted({round(n * (len(path) - 1) / max(1, spread - 1)) for n in range(spread)} | {index}):
         measure(i)
     measured = tuple(replace(path[i], quality=q) for i, q in sorted(measure.known.items()))
     return Recommended(
-        goal=f"size ≤ {limit} bytes" if limit is not None else f"KL ≤ {floor:g} nats per answer token",
+        goal=_goal(limit, floor, strict=max_kl is None),
         point=replace(path[index], quality=measure(index)),
         effects=tried,
         path=tuple(path),
@@ -134,6 +137,24 @@ def recommend(
         },
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def judged(measure: Callable[[int], Quality], *, strict: bool) -> Callable[[int], float]:
+    """The KL of a recipe; infinite where `strict` and it loses more exact answers than MAX_LOST of all questions."""
+
+    def kl_of(index: int) -> float:
+        quality = measure(index)
+        lost = int(measure(0).exact.sum()) - int(quality.exact.sum()) if strict else 0
+        return quality.mean_kl if lost <= MAX_LOST * len(quality.exact) else float("inf")
+
+    return kl_of
+
+
+def _goal(limit: int | None, floor: float, *, strict: bool) -> str:
+    if limit is not None:
+        return f"size ≤ {limit / 1e6:g} MB"
+    answers = f", at most {MAX_LOST:.0%} of exact answers lost" if strict else ""
+    return f"KL ≤ {floor:g} nats per answer token{answers}"
 
 
 class _Measure:
@@ -152,10 +173,10 @@ class _Measure:
     ) -> None:
         self._model, self._path, self._held, self._calibration = model, path, held, calibration
         self._algorithm, self._samples, self._seed, self._progress = algorithm, samples, seed, progress
-        self.known: dict[int, Any] = {}
+        self.known: dict[int, Quality] = {}
         self.records: dict[int, Mapping[str, Any]] = {}
 
-    def __call__(self, index: int) -> Any:
+    def __call__(self, index: int) -> Quality:
         if index not in self.known:
             recipe = self._path[index].recipe
             with tempfile.TemporaryDirectory(prefix="vlm-export-") as folder:
