@@ -150,7 +150,7 @@ def test_auto_is_what_each_layer_needs(tiny: Path, pairs: Calibration, tmp_path:
     assert {name for name, numbers in layers.items() if "power" in numbers} >= {
         f"layers.{i}.mlp.up_proj" for i in (0, 1)
     }
-    assert decide(model, INT8, pairs, folder=tmp_path).record["algorithm"] == "smoothquant"
+    assert decide(model, INT8, pairs, folder=tmp_path).record["algorithm"] == "gptq+smoothquant"
 
 
 def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ from onnx import TensorProto
 
 from conftest import MakeTiny
 from vlm_bench.int8_speed import built, cosines, divergence, faster, long_prompts, make_language, make_vision, reference
+from vlm_bench.int8_speed import languages as languages_of
 from vlm_bench.measure import Stat
 from vlm_export.importance import Example
+from vlm_models.demo.scenes import write_calibration
 from vlm_models.model import Model, load_model
+from vlm_quant.calibration import read_pairs
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.engine import Options, find_engine
 
@@ -145,3 +148,17 @@ def test_ratios_are_above_one_for_what_is_faster() -> None:
 
     results = {"fp32": stat(400), "int8": stat(160), "vision fp32": {}}
     assert faster(results, "fp32", "prefill_ms") == {"fp32": 1, "int8": 2.5}
+
+
+def test_calibrated_variants_are_other_weights_in_the_same_form(model: Model, tmp_path: Path) -> None:
+    """Outliers are moved into the weights by --calibration, at no cost when it runs."""
+    pairs = read_pairs(write_calibration(tmp_path / "pairs", 2))
+    (tmp_path / "work").mkdir()
+    found = languages_of(model, ("int8", "int8 smoothed", "int8 auto"), pairs, tmp_path / "work", 64)
+    graphs, data = [], []
+    for bundle in found.values():
+        path = bundle.path(bundle.part("language_model", "onnx").graph)
+        graphs.append([node.op_type for node in onnx.load(path, load_external_data=False).graph.node])
+        data.append(path.with_name("language_model.onnx.data").read_bytes())
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert len(set(data)) == 3

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,9 @@ from conftest import MakeTiny
 from exporting import command
 from vlm_export import export, goal, recommend
 from vlm_export.budget import Point, front, parse_size, path, within_budget, within_kl
+from vlm_export.decide import decide
 from vlm_export.importance import examples
+from vlm_export.pairs import calibration_pairs
 from vlm_export.quality import HeldOut, Quality, ask, compared, held_out
 from vlm_export.sensitivity import Effect, Group, effects, fixed_bytes, groups, recipe_of
 from vlm_export.simulate import EMBEDDING, Rounding, decoder_linears, rounded, rounding, simulate
@@ -121,6 +124,30 @@ def test_weights_are_those_that_the_target_stores(make_tiny: MakeTiny) -> None:
     module = variant.vision_encoder().tower.get_submodule("encoder.layers.0.mlp.fc1")
     plain = model.checkpoint.rows("vision_tower.encoder.layers.0.mlp.fc1.weight")
     np.testing.assert_array_equal(module.weight.detach().numpy(), dequantize_int8(quantize_int8(plain)))
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g16", "int4;lm_head=int4;layers.1=int8"])
+def test_a_simulated_decoder_gives_what_onnx_runtime_gives(tiny: Path, tmp_path: Path, text: str) -> None:
+    """Far nearer to it than either is to the checkpoint: weights and the rounding of what they multiply."""
+    model, recipe = load_model(tiny), parse_recipe(f"language={text}")
+    embeds = np.random.default_rng(4).standard_normal((40, model.spec.language.hidden_size)).astype(np.float32) * 0.5
+    job = Job(model, recipe, tmp_path, 48, ("language_model",))
+    path = tmp_path / find_target("onnx").build(job)["language_model"].graph
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds: dict[str, Any] = {
+        entry.name: np.zeros(entry.shape, np.float32)
+        for entry in session.get_inputs()
+        if entry.name.startswith("past_key_values.")
+    }
+    feeds |= {"inputs_embeds": embeds[None], "seqlens_k": np.array([39], np.int32)}
+    (got, *_) = session.run(["logits"], {**feeds, "total_sequence_length": np.array(40, np.int32)})
+    exact, ours, weights = (
+        np.asarray(one.language_model().forward(torch.from_numpy(embeds))[0])
+        for one in (model, simulate(model, recipe), simulate(model, recipe, activations=False))
+    )
+    theirs = got.reshape(-1)
+    assert np.linalg.norm(ours - theirs) < 0.25 * np.linalg.norm(exact - theirs)
+    assert np.linalg.norm(ours - theirs) < np.linalg.norm(weights - theirs)
 
 
 def test_a_tied_table_is_looked_up_as_it_is_and_rounded_as_head(make_tiny: MakeTiny) -> None:
@@ -268,7 +295,7 @@ def test_a_budget_takes_the_first_recipe_that_fits_or_says_the_smallest(
     assert within_budget(points, middle.bytes) is middle
     assert within_budget(points, middle.bytes + 1) is middle
     assert within_budget(points, 10**9) is points[0]
-    with pytest.raises(InputError, match=r"^budget 1000 bytes cannot be met: the smallest .* is [\d.]+ KiB, with"):
+    with pytest.raises(InputError, match=r"^budget 0\.001 MB cannot be met: the smallest .* is [\d.]+ MB, with"):
         within_budget(points, 1000)
 
 
@@ -351,6 +378,11 @@ def test_goals_that_cannot_be_are_one_line(tiny: Path, pairs: Calibration) -> No
             recommend.recommend(model, pairs, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="measured on image-text pairs: give --calibration"):
         recommend.recommend(model, None)
+    assert [recommend._fitting("awq+gptq", model.spec.language, parse_recipe(r)) for r in ("fp16", "int8", "int4")] == [
+        "rtn",
+        "gptq",
+        "awq+gptq",
+    ]
     with pytest.raises(InputError, match="at least 4 pictures that differ, here are 3"):
         recommend.recommend(model, pairs)
 
@@ -421,3 +453,46 @@ def test_without_matplotlib_nothing_is_measured(tiny: Path, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r"needs matplotlib: pip install 'vlm-export\[sensitivity\]'"):
         goal.measured(str(tiny), None, tmp_path, "fp16", None, None, None, "rtn", 8, 0, silent)
+
+
+def test_an_export_leaves_unreadable_pictures_out_and_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write_pairs(tmp_path, 12)
+    (tmp_path / "00003.png").write_bytes(b"no picture")
+    checkpoint = load_model(tiny).checkpoint
+    everything = read_pairs(tmp_path)
+    lost = [pair for pair in everything.pairs if pair.image.name == "00003.png"]
+    found = calibration_pairs(checkpoint, tmp_path)
+    assert found is not None
+    assert (len(found.pairs), found.skipped) == (len(everything.pairs) - len(lost), len(lost))
+    decided = decide(load_model(tiny), parse_recipe("int4"), found, "gptq", folder=tmp_path, samples=4)
+    assert decided.record["skipped"] == len(lost)
+    assert any(note.startswith(f"{len(lost)} calibration pairs left out") for note in decided.record["notes"])
+    monkeypatch.setattr("vlm_export.pairs.POOL", 20)
+    assert len(calibration_pairs(checkpoint, tmp_path).pairs) <= 20  # type: ignore[union-attr]
+    assert calibration_pairs(checkpoint, None) is None
+    (tmp_path / "00004.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"^\d+ of 20 calibration pairs have a picture that cannot be opened"):
+        calibration_pairs(checkpoint, tmp_path)
+
+
+def test_an_algorithm_that_is_none_is_refused_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write_pairs(tmp_path, 4)
+    monkeypatch.delattr(recommend, "held_out")
+    with pytest.raises(InputError, match="unknown algorithm 'best': choose one of auto, rtn"):
+        recommend.recommend(load_model(tiny), read_pairs(tmp_path), algorithm="best")
+
+
+def test_lost_answers_count_unless_a_kl_was_asked_for() -> None:
+    def quality(kl: float, exact: int) -> Quality:
+        one = np.ones(200, np.int64)
+        return Quality(np.full(200, kl), one, one, np.arange(200) < exact, np.arange(200))
+
+    found = [quality(0.0, 190), quality(0.01, 188), quality(0.02, 187)]
+    assert [recommend.judged(found.__getitem__, strict=True)(i) for i in range(3)] == pytest.approx(
+        [0.0, 0.01, float("inf")]
+    )
+    assert recommend.judged(found.__getitem__, strict=False)(2) == pytest.approx(0.02)

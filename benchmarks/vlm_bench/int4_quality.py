@@ -66,7 +66,7 @@ def variants(groups: Sequence[int]) -> list[Variant]:
     out = [Variant("language=fp16"), Variant("language=int8")]
     for group in groups:
         out.append(Variant(f"language=int4:g{group}"))
-        out += [Variant(f"language=int4:g{group}", a, s) for a in ALGORITHMS for s in SETS]
+        out += [Variant(f"language=int4:g{group}", name, pairs) for name in ALGORITHMS for pairs in SETS]
     return out
 
 
@@ -176,6 +176,9 @@ def command(
     samples: Annotated[int, typer.Option(min=1, help="Calibration pairs.")] = 128,
     seed: Annotated[int, typer.Option(help="Which of them.")] = 0,
     groups: Annotated[str, typer.Option(help="Group sizes of int4, separated by commas.")] = "32,128",
+    words: Annotated[
+        int, typer.Option(min=2, help="Pictures of which every word is compared, not answers alone.")
+    ] = 25,
     save: Annotated[bool, typer.Option("--save", help=f"Write the numbers into {report.RESULTS}.")] = False,
 ) -> None:
     """fp16, int8 and int4; round-to-nearest, AWQ and GPTQ; calibrated on texts alone and on pictures with texts."""
@@ -184,16 +187,17 @@ def command(
     with tempfile.TemporaryDirectory(prefix="int4-quality-") as folder:
         spans = [(first, min(_CHUNK, pictures - first)) for first in range(0, pictures, _CHUNK)]
         answers = [held_out(model, asked(Path(folder), count, first)) for first, count in spans]
-        words = held_out(model, asked(Path(folder), min(_CHUNK, pictures)), prompts=True)
+        said = held_out(model, asked(Path(folder), words), prompts=True)
     asked_count = sum(len(held.questions) for held in answers)
-    facts: dict[str, Any] = {"questions": asked_count, "pictures": pictures, "samples": len(drawn.pairs), "seed": seed}
+    facts: dict[str, Any] = {"questions": asked_count, "pictures": pictures, "word_pictures": words}
+    facts |= {"samples": len(drawn.pairs), "seed": seed, "calibration_sha256": drawn.sha256}
     found: dict[Variant, Measured] = {}
     sizes = [int(group) for group in groups.split(",")]
-    for variant, measured in measure(model, variants(sizes), drawn, answers, words):
+    for variant, measured in measure(model, variants(sizes), drawn, answers, said):
         found[variant] = measured
         console.print(f"[dim]{variant}: {measured.answers.mean_kl:.5f} {measured.words.mean_kl:.4f}[/dim]")
         if save:  # what there is so far
-            report.save(report.record("int4-quality", **facts, calibration_sha256=drawn.sha256, table=rows(found)))
+            report.save(report.record("int4-quality", **facts, table=rows(found)))
     console.print(shown(rows(found), f"{asked_count} held-out questions about {pictures} pictures, KL in nats a token"))
 
 

@@ -30,7 +30,15 @@ from vlm_runtime.bundle import Bundle
 from vlm_runtime.engine import Options, find_engine
 from vlm_runtime.manifest import Manifest, Table
 
-LANGUAGE = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int8 smoothed": "int8", "int4": "int4"}
+LANGUAGE = {
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "int8": "int8",
+    "int8 smoothed": "int8",
+    "int8 auto": "int8",
+    "int4": "int4",
+}
+DECIDED = {"int8 smoothed": "smoothquant", "int8 auto": "auto"}  # on the calibration pairs; the others are to nearest
 VISION = ("fp32", "fp16", "int8")
 BASES = {
     "prefill_ms": "fp32",
@@ -100,7 +108,7 @@ def built(model: Any, precision: str, parts: Collection[str], folder: Path, cont
 
 
 def languages(model: Any, names: Sequence[str], pairs: Any, work: Path, context: int) -> dict[str, Bundle]:
-    """The language model at each precision; "int8 smoothed" has its outliers moved into the weights first."""
+    """The language model at each precision; smoothed, its outliers are moved into the weights first."""
     from vlm_export.decide import decide
     from vlm_quant.recipe import PRESETS
 
@@ -108,9 +116,9 @@ def languages(model: Any, names: Sequence[str], pairs: Any, work: Path, context:
     for name in names:
         folder, source = work / name.replace(" ", "-"), model
         folder.mkdir()
-        if name == "int8 smoothed":
+        if name in DECIDED:
             (folder / "tensors").mkdir()
-            source = decide(model, PRESETS["int8"], pairs, "smoothquant", folder=folder / "tensors").model
+            source = decide(model, PRESETS["int8"], pairs, DECIDED[name], folder=folder / "tensors").model
         found[name] = built(source, f"language={LANGUAGE[name]}", ("language_model",), folder, context)
     return found
 
@@ -121,9 +129,10 @@ def long_prompts(truths: Sequence[Any], rows: int) -> list[Any]:
 
     made = []
     for i, truth in enumerate(truths):
-        embeds, before = truth.embeds, []
+        embeds, before, length = truth.embeds, list[Any](), len(truth.embeds)
         for other in (truths[(i + 7 * n) % len(truths)] for n in range(1, len(truths))):
-            if len(embeds) + sum(map(len, before)) + len(other.embeds) > rows:
+            length += len(other.embeds)
+            if length > rows:
                 break
             before.append(other.embeds)
         long = torch.cat([*before, embeds])

@@ -29,7 +29,7 @@ def steps(algorithm: str, spec: LanguageSpec, recipe: Recipe, *, calibrated: boo
         return frozenset(algorithm.split("+"))
     bits = rounded_bits(spec, recipe) if calibrated else set()
     chosen = {"awq", "gptq"} if 4 in bits else set()
-    return frozenset(chosen | {"smoothquant"} if 8 in bits and not symmetric else chosen)
+    return frozenset(chosen | {"gptq", "smoothquant"} if 8 in bits and not symmetric else chosen)
 
 
 def check_algorithm(
@@ -59,6 +59,14 @@ def check_algorithm(
             raise InputError(f"algorithm {step!r} has nothing to do: language={recipe.language} has no {words} layers")
     if calibration is None:
         raise InputError(f"algorithm {algorithm!r} needs image-text pairs: give --calibration, or --algorithm rtn")
+
+
+def changed_copies(
+    algorithm: str, spec: LanguageSpec, recipe: Recipe, grids: Collection[str], *, calibrated: bool
+) -> int:
+    """How many float32 copies of the language model are held on the disk meanwhile: one for each kind of grid."""
+    kinds = [kind == "symmetric" for kind in grids]
+    return sum(bool(steps(algorithm, spec, recipe, calibrated=calibrated, symmetric=kind)) for kind in kinds)
 
 
 def rounded_bits(spec: LanguageSpec, recipe: Recipe) -> set[int]:

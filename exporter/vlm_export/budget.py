@@ -7,6 +7,7 @@ of its recipes is taken is measured, with the weights as an algorithm decides th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 from vlm_export.goal import MAX_KL
 from vlm_export.quality import Quality
 from vlm_export.sensitivity import Choice, Effect, Group, recipe_of
-from vlm_export.table import size
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.recipe import Recipe
 
@@ -82,8 +82,8 @@ def within_budget(points: Sequence[Point], budget: int) -> Point:
     if not fitting:
         least = min(points, key=lambda point: point.bytes)
         raise InputError(
-            f"budget {size(budget)} cannot be met: the smallest that this model can be is {size(least.bytes)}, "
-            f"with --precision '{least.recipe}'"
+            f"budget {budget / 1e6:g} MB cannot be met: the smallest that this model can be is "
+            f"{math.ceil(least.bytes / 1e4) / 100:g} MB, with --precision '{least.recipe}'"
         )
     return fitting[0]
 

@@ -77,12 +77,15 @@ def decide(
         "algorithm": name,
         "samples": len(drawn.pairs),
         "of": len(calibration.pairs),
+        "skipped": calibration.skipped,
         "rows": sum(len(example.embeds) for example in shown),
         "seed": seed,
         "sha256": drawn.sha256,
         "layers": layers,
         "seconds": round(time.perf_counter() - began, 1),
     }
+    if calibration.skipped:
+        record["notes"] = [f"{calibration.skipped} calibration pairs left out: their pictures cannot be opened"]
     return Decided(changed, record)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_export import goal, golden, parity, preflight, shared, write
-from vlm_export.algorithms import SAMPLES, check_algorithm
+from vlm_export.algorithms import SAMPLES, changed_copies, check_algorithm
 from vlm_export.decisions import decide_all, grids_of, recorded
+from vlm_export.pairs import calibration_pairs
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_export.tensorrt import plan
 from vlm_models.errors import CheckError, InputError
-from vlm_quant.calibration import Calibration, read_pairs
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
 from vlm_quant.recipe import Recipe
 from vlm_runtime.bundle import Bundle
@@ -89,7 +89,7 @@ def export(
             f"device profiles are for target {_TENSORRT!r}: add it with --target {_TENSORRT}, or leave them"
         )
     model = _load(checkpoint, output, chosen)
-    pairs = _calibration(model, calibration)
+    pairs = calibration_pairs(model.checkpoint, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
@@ -101,8 +101,11 @@ def export(
     for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
-    preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None))
-    check_algorithm(algorithm, model.spec.language, recipe, pairs, calibration_samples, grids_of(steps))
+    grids, language = grids_of(steps), model.spec.language
+    check_algorithm(algorithm, language, recipe, pairs, calibration_samples, grids)
+    copies = changed_copies(algorithm, language, recipe, grids, calibrated=pairs is not None)
+    held = copies * 4 * preflight.weights(model, "language_model")
+    preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None) + held)
     preflight.finite(model.checkpoint, progress)
 
     with write.draft(output) as folder:
@@ -163,14 +166,6 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
             if held is None and part not in steps.setdefault(builder, []):
                 steps[builder].append(part)
     return {name: parts for name, parts in steps.items() if parts}
-
-
-def _calibration(model: Model, path: str | Path | None) -> Calibration | None:
-    """The pairs given, or those that the checkpoint brings along."""
-    own = model.checkpoint.folder / "calibration"
-    if path is None and not own.is_dir():
-        return None
-    return read_pairs(own if path is None else Path(path).expanduser())
 
 
 def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) -> Model:

@@ -71,9 +71,9 @@ def measured(
     Raises InputError for flags that export something, DependencyError where the picture cannot be drawn.
     """
     from vlm_export import pareto
+    from vlm_export.pairs import calibration_pairs
     from vlm_export.recommend import recommend
     from vlm_models.model import load_model
-    from vlm_quant.calibration import read_pairs
 
     if targets:
         raise InputError("--sensitivity exports nothing: leave out --target, or give --precision auto instead")
@@ -84,12 +84,9 @@ def measured(
         if output.is_file():
             raise InputError(f"{output} is a file: -o takes a folder for {', '.join(pareto.NAMES)}")
     model = load_model(checkpoint)
-    own = model.checkpoint.folder / "calibration"
-    path = calibration or (own if own.is_dir() else None)
-    pairs = None if path is None else read_pairs(path)
     found = recommend(
         model,
-        pairs,
+        calibration_pairs(model.checkpoint, calibration),
         budget=budget,
         max_kl=max_kl,
         algorithm=algorithm,
@@ -113,6 +110,8 @@ def show(found: Recommended, output: Path | None, *, as_json: bool, quiet: bool)
     elif not quiet:
         console.print(pareto.group_table(found))
         console.print(pareto.recipe_table(found))
+        for number, point in enumerate(pareto.ordered(found), 1):
+            console.print(f"{number}  {point.recipe}", highlight=False, markup=False, soft_wrap=True)
         said = f"{found.goal}: --precision '{found.point.recipe}'"
         written = "" if output is None else f"  ({output}: {', '.join(pareto.NAMES)})"
         console.print(f"{said}{written}, {found.seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)

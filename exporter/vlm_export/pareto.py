@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vlm_export.budget import front
+from vlm_export.budget import Point, front
 from vlm_export.recommend import Recommended
-from vlm_export.table import size
 from vlm_export.target import not_installed
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def group_table(found: Recommended) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups:
         mine = {str(e.precision): e for e in found.effects if e.group is group}
-        cells = [f"{mine[p].quality.mean_kl:.5f} ({size(mine[p].bytes)})" if p in mine else "" for p in precisions]
+        cells = [f"{mine[p].quality.mean_kl:.5f} ({_mb(mine[p].bytes)})" if p in mine else "" for p in precisions]
         worst = min(effect.quality.top1 for effect in mine.values())
         table.add_row(group.name, *cells, f"{worst:.1%}")
     table.caption = (
@@ -50,23 +49,27 @@ def group_table(found: Recommended) -> Table:
 def recipe_table(found: Recommended) -> Table:
     """The measured recipes, smallest first; those that no other one beats are marked."""
     table = _table("whole recipes, measured on other held-out pairs")
-    for heading in ("", "size", "read a token", "KL", "95 %", "same token", "exact answers"):
+    for heading in ("", "#", "size", "read a token", "KL", "95 %", "same token", "exact answers"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_column("recipe", overflow="fold")
     best = {str(point.recipe) for point in front(found.measured)}
-    for point in sorted(found.measured, key=lambda p: p.bytes):
+    for number, point in enumerate(ordered(found), 1):
         assert point.quality is not None
         numbers = point.quality.numbers()
         low, high = numbers["kl_interval"]  # type: ignore[misc]
         mark = "→" if point.recipe == found.point.recipe else "·" if str(point.recipe) in best else ""
-        cells = [size(point.bytes), size(point.read), f"{point.quality.mean_kl:.5f}", f"{low:.5f}–{high:.5f}"]
+        cells = [_mb(point.bytes), _mb(point.read), f"{point.quality.mean_kl:.5f}", f"{low:.5f}–{high:.5f}"]
         shares = [f"{point.quality.top1:.1%}", f"{point.quality.accuracy:.1%}"]
-        table.add_row(mark, *cells, *shares, str(point.recipe))
+        table.add_row(mark, str(number), *cells, *shares)
     table.caption = (
         f"{found.pairs['checks']} pairs, algorithm {found.algorithm['algorithm']}; → recommended, · on the front; "
         "read a token: bytes of weights, an estimate of decoding time, not a measurement"
     )
     return table
+
+
+def ordered(found: Recommended) -> list[Point]:
+    """The measured recipes, smallest first."""
+    return sorted(found.measured, key=lambda point: point.bytes)
 
 
 def write(found: Recommended, folder: Path) -> list[Path]:
@@ -120,6 +123,11 @@ def _front(axes: Axes, found: Recommended, across: str, label: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
+
+
+def _mb(count: int) -> str:
+    """As budgets are given."""
+    return f"{count / 1e6:.2f} MB"
 
 
 def _table(title: str) -> Table:

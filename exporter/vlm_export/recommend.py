@@ -9,31 +9,37 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export import budget as budgets
+from vlm_export.algorithms import STEPS, check_algorithm, rounded_bits
 from vlm_export.budget import Point
 from vlm_export.decide import decide
 from vlm_export.goal import MAX_KL
-from vlm_export.quality import HeldOut, ask, held_out
+from vlm_export.quality import HeldOut, Quality, ask, held_out
 from vlm_export.sensitivity import Effect, effects, fixed_bytes, groups
 from vlm_export.simulate import simulate
 from vlm_export.target import Progress, silent
 from vlm_models.errors import InputError
-from vlm_quant.calibration import Calibration, readable, sample, split
-from vlm_runtime.image import open_image
+from vlm_quant.calibration import Calibration, sample, split
+from vlm_quant.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
+    from vlm_models.spec import LanguageSpec
 
 PROBES = 32  # pairs on which groups are tried
 CHECKS = 64  # pairs on which recipes are measured
 HELD = 0.4  # share of the pictures that calibration does not see
+MAX_LOST = 0.01  # of all questions, exact answers that are no more; of few questions that is none
 FEWEST = 4  # pictures: intervals need two that are measured on
 SPREAD = 5  # recipes of the path that a report measures beside those that the choice needs
+
+
+_BOTH = parse_recipe("language=int4;self_attn=int8")  # something to do for every algorithm
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ def recommend(
 ) -> Recommended:
     """The smallest recipe with a KL of at most `max_kl` nats per answer token, or the best one within `budget` bytes.
 
+    Without either: KL up to MAX_KL, and no more exact answers lost than MAX_LOST of the questions.
     `budget` is a size as in "120MB" of weights, table and tokenizer together. `spread` measures that many recipes of
     the path beside those that the choice needs. Raises InputError without pairs, for a budget that cannot be met and
     for both goals at once, CheckError where no recipe is good enough.
@@ -97,6 +104,7 @@ def recommend(
     if not floor > 0:
         raise InputError(f"max KL {floor:g} cannot be: give nats above 0, such as {MAX_KL:g}")
     ours, probes, checks = _pairs(calibration, seed)
+    check_algorithm(algorithm, model.spec.language, _BOTH, ours, samples)
     probed = held_out(model, probes, progress)
     found, fixed = groups(model), fixed_bytes(model)
     tried = tuple(effects(model, probed, progress))
@@ -105,14 +113,15 @@ def recommend(
         budgets.within_budget(path, limit)
     measure = _Measure(model, path, held_out(model, checks, progress), ours, algorithm, samples, seed, progress)
     if limit is None:
-        index = budgets.within_kl(path, floor, lambda i: measure(i).mean_kl)
+        kl_of = judged(measure, strict=max_kl is None)
+        index = budgets.within_kl(path, floor, kl_of)
     else:
         index = path.index(budgets.within_budget(path, limit))
     for i in sorted({round(n * (len(path) - 1) / max(1, spread - 1)) for n in range(spread)} | {index}):
         measure(i)
     measured = tuple(replace(path[i], quality=q) for i, q in sorted(measure.known.items()))
     return Recommended(
-        goal=f"size ≤ {limit} bytes" if limit is not None else f"KL ≤ {floor:g} nats per answer token",
+        goal=_goal(limit, floor, strict=max_kl is None),
         point=replace(path[index], quality=measure(index)),
         effects=tried,
         path=tuple(path),
@@ -128,6 +137,24 @@ def recommend(
         },
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def judged(measure: Callable[[int], Quality], *, strict: bool) -> Callable[[int], float]:
+    """The KL of a recipe; infinite where `strict` and it loses more exact answers than MAX_LOST of all questions."""
+
+    def kl_of(index: int) -> float:
+        quality = measure(index)
+        lost = int(measure(0).exact.sum()) - int(quality.exact.sum()) if strict else 0
+        return quality.mean_kl if lost <= MAX_LOST * len(quality.exact) else float("inf")
+
+    return kl_of
+
+
+def _goal(limit: int | None, floor: float, *, strict: bool) -> str:
+    if limit is not None:
+        return f"size ≤ {limit / 1e6:g} MB"
+    answers = f", at most {MAX_LOST:.0%} of exact answers lost" if strict else ""
+    return f"KL ≤ {floor:g} nats per answer token{answers}"
 
 
 class _Measure:
@@ -146,10 +173,10 @@ class _Measure:
     ) -> None:
         self._model, self._path, self._held, self._calibration = model, path, held, calibration
         self._algorithm, self._samples, self._seed, self._progress = algorithm, samples, seed, progress
-        self.known: dict[int, Any] = {}
+        self.known: dict[int, Quality] = {}
         self.records: dict[int, Mapping[str, Any]] = {}
 
-    def __call__(self, index: int) -> Any:
+    def __call__(self, index: int) -> Quality:
         if index not in self.known:
             recipe = self._path[index].recipe
             with tempfile.TemporaryDirectory(prefix="vlm-export-") as folder:
@@ -157,7 +184,7 @@ class _Measure:
                     self._model,
                     recipe,
                     self._calibration,
-                    self._algorithm,
+                    _fitting(self._algorithm, self._model.spec.language, recipe),
                     folder=Path(folder),
                     samples=self._samples,
                     seed=self._seed,
@@ -167,6 +194,14 @@ class _Measure:
             self.records[index] = {k: v for k, v in decided.record.items() if k != "layers"}
             self._progress("recipes", len(self.known), max(len(self.known), len(self._path).bit_length()))
         return self.known[index]
+
+
+def _fitting(algorithm: str, spec: LanguageSpec, recipe: Recipe) -> str:
+    """The algorithms of "awq+gptq" that have something to do for a recipe; "rtn" where none has."""
+    if algorithm in ("auto", "rtn"):
+        return algorithm
+    bits = rounded_bits(spec, recipe)
+    return "+".join(step for step in algorithm.split("+") if STEPS[step] & bits) or "rtn"
 
 
 def _pairs(calibration: Calibration | None, seed: int) -> tuple[Calibration, Calibration, Calibration]:
@@ -182,4 +217,4 @@ def _pairs(calibration: Calibration | None, seed: int) -> tuple[Calibration, Cal
     ours, held = split(calibration, HELD, seed)
     enough = len({pair.image for pair in held.pairs}) > FEWEST
     checks, probes = split(held, 1 / 3, seed) if enough else (held, held)
-    return ours, readable(sample(probes, PROBES, seed), open_image), readable(sample(checks, CHECKS, seed), open_image)
+    return ours, sample(probes, PROBES, seed), sample(checks, CHECKS, seed)

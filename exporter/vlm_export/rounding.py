@@ -96,9 +96,10 @@ class Rounding:
         scales = self._scales(linears, forms, matrices, seen)
         rows = seen.rows
         if scales is not None:
-            seen, rows = _divided(seen, scales), _over(seen.rows, scales)
+            rows = _over(rows, scales)
+            _divide_hessian(seen.hessian, scales)
             matrices = [matrix * scales for matrix in matrices]
-        self._round(linears, forms, matrices, seen, scaled=scales is not None)
+        self._round(linears, forms, matrices, seen.hessian, scaled=scales is not None)
         return rows
 
     def _scales(
@@ -149,7 +150,7 @@ class Rounding:
         linears: Sequence[Linear],
         forms: Sequence[Form | None],
         matrices: Sequence[Float],
-        seen: Seen,
+        hessian: NDArray[np.float64],
         *,
         scaled: bool,
     ) -> None:
@@ -158,10 +159,10 @@ class Rounding:
         for form in dict.fromkeys(forms) if "gptq" in self._steps else ():
             same = [i for i, other in enumerate(forms) if other == form and other is not None]
             if form is not None:  # rows do not touch each other: layers of one form are one matrix
-                whole = quantize_gptq(np.concatenate([matrices[i] for i in same]), seen.hessian, form)
+                whole = quantize_gptq(np.concatenate([matrices[i] for i in same]), hessian, form)
                 for i, part in zip(same, _split(whole, [len(matrices[i]) for i in same]), strict=True):
                     values = dequantize_grouped(part)
-                    error = _error(values - matrices[i], matrices[i], seen.hessian)
+                    error = _error(values - matrices[i], matrices[i], hessian)
                     self.record.setdefault(linears[i].name, {})["error"] = error
                     decided[i] = values, part
         for tensor in dict.fromkeys(linear.weight.tensor for linear in linears):
@@ -189,9 +190,10 @@ def _grid(groups: Sequence[Grouped], layers: int) -> Grid | None:
     return Grid(groups[0].bits, groups[0].group_size, scales, zeros)
 
 
-def _divided(seen: Seen, scales: Float) -> Seen:
-    hessian = seen.hessian / scales / scales[:, None]
-    return Seen(hessian, seen.magnitude / scales, seen.largest / scales, seen.sampled / scales, seen.rows)
+def _divide_hessian(hessian: NDArray[np.float64], scales: Float) -> None:
+    """That of x / scales, in place, since it may take a gigabyte."""
+    hessian /= scales
+    hessian /= scales[:, None]
 
 
 def _over(x: Rows, scales: Float) -> Rows:

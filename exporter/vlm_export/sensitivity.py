@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vlm_export.preflight import DEFAULT_CONTEXT
 from vlm_export.quality import HeldOut, Quality, ask
 from vlm_export.simulate import EMBEDDING, HEAD, Rounding, decoder_linears, linear_modules, rounding, simulate
 from vlm_export.target import Progress, silent
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlm_models.model import Model
 
 BLOCKS = 5  # of decoder layers
+_GRAPH = 4096  # bytes for a layer's nodes, and for its tensors beginning on pages (measured: 3,300)
 EXACT = Precision("fp32")
 STEPS = (Precision("fp16"), Precision("int8"), Precision("int4", 32), Precision("int4", 128))
 """What is tried, finest first. The table of input embeddings is left as it is stored, or int8."""
@@ -127,7 +129,7 @@ def stored_bytes(rows: int, columns: int, kind: Rounding) -> int:
 
 
 def fixed_bytes(model: Model) -> int:
-    """What no recipe makes smaller: norms, biases, convolutions, position tables, and the tokenizer."""
+    """What no recipe makes smaller: norms, biases, convolutions, position tables, tokenizer, and what graphs add."""
     checkpoint, matrices = model.checkpoint, {linear.weight.tensor for linear in decoder_linears(model.spec.language)}
     matrices |= {EMBEDDING}
     for prefix, module in (
@@ -137,7 +139,11 @@ def fixed_bytes(model: Model) -> int:
         matrices |= {f"{prefix}{name}.weight" for name, _ in linear_modules(module)}
     rest = [name for name in checkpoint.names() if name not in matrices]
     others = sum(math.prod(checkpoint.shape(name)) for name in rest)
-    return ITEM_BYTES["F32"] * others + len(tokenizer_json(checkpoint).encode())
+    language = model.spec.language
+    ropes = [rope.dim for rope in (language.rope, language.rope_local) if rope is not None]
+    tables = sum(ropes) * min(language.max_positions, DEFAULT_CONTEXT)  # cosines and sines, half of dim each
+    graphs = _GRAPH * len(decoder_linears(language))
+    return ITEM_BYTES["F32"] * (others + tables) + graphs + len(tokenizer_json(checkpoint).encode())
 
 
 def _rules(language: Choice, base: Precision) -> tuple[tuple[str, Precision], ...]:

@@ -1,4 +1,4 @@
-"""Grid: the values on which a quantizer has put a weight matrix, so that packing finds the same integers again."""
+"""The grid on which a weight matrix stands once a quantizer has rounded it."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def inverse_factor(hessian: Double, order: NDArray[np.int64], damping: float) ->
     damped.flat[:: len(damped) + 1] += damping
     lower = np.linalg.cholesky(damped)
     del damped
-    return _inverse(lower[::-1, ::-1]).astype(np.float32)
+    return _inverse(np.asarray(lower[::-1, ::-1], np.float64)).astype(np.float32)
 
 
 def _inverse(upper: Double) -> Double:
