@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_models.checkpoint import Checkpoint, Grid, Stored
+from vlm_models.checkpoint import Checkpoint, Stored
+from vlm_models.grid import Grid
 from vlm_models.language import Rows
 
 Float = NDArray[np.float32]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vlm_export.overlay import Float, Overlay
 from vlm_export.streaming import Rows
-from vlm_models.checkpoint import Grid
 from vlm_models.errors import CheckpointError
+from vlm_models.grid import Grid
 from vlm_models.language import Linear
 from vlm_models.language import Rows as Range
 from vlm_models.spec import LanguageSpec
