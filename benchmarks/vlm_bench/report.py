@@ -27,6 +27,7 @@ _PACKAGES = (
     "onnxruntime-genai",
     "llama-cpp-python",
     "gguf",
+    "tensorrt-rtx",
     "torch",
     "transformers",
 )
