@@ -47,6 +47,9 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 """
 
 
+_PRECISION, _SINGLE = "Precision", "Single targets"  # panels of --help
+
+
 @app.command(help=_HELP, no_args_is_help=True)
 def command(
     checkpoint: Annotated[
@@ -58,7 +61,9 @@ def command(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", "-t", help="What to export to (onnx, gguf, tensorrt); repeat for several in one bundle."
+            "--target",
+            "-t",
+            help="What to export to (onnx, gguf, coreml, coreai, tensorrt); repeat for several in one bundle.",
         ),
     ] = None,
     output: Annotated[
@@ -70,13 +75,15 @@ def command(
     precision: Annotated[
         str,
         typer.Option(
+            rich_help_panel=_PRECISION,
             help="fp32, fp16, int8, int4, or by part: language=int4:g128,vision=int8,projector=fp16; "
-            "for gguf also its own types: language=q4_k_m; auto: what --sensitivity recommends."
+            "for gguf also its own types: language=q4_k_m; auto: what --sensitivity recommends.",
         ),
     ] = "fp16",
     calibration: Annotated[
         Path | None,
         typer.Option(
+            rich_help_panel=_PRECISION,
             show_default="CHECKPOINT/calibration, if there",
             help="Image-text pairs that weigh what matters: a folder of pictures with prompts (cat.png, cat.txt), "
             "JSONL with image and prompt, or LLaVA-format JSON.",
@@ -85,26 +92,34 @@ def command(
     algorithm: Annotated[
         str,
         typer.Option(
+            rich_help_panel=_PRECISION,
             help="How the language model is rounded: rtn (to nearest), or by calibration pairs awq (int4), gptq (int4, "
-            "int8), smoothquant (int8), several as in awq+gptq; auto takes what the precision needs."
+            "int8), smoothquant (int8), several as in awq+gptq; auto takes what the precision needs.",
         ),
     ] = "auto",
-    calibration_samples: Annotated[int, typer.Option(help="How many of the pairs are taken at most.")] = SAMPLES,
-    seed: Annotated[int, typer.Option(help="Which of them.")] = 0,
+    calibration_samples: Annotated[
+        int, typer.Option(rich_help_panel=_PRECISION, help="How many of the pairs are taken at most.")
+    ] = SAMPLES,
+    seed: Annotated[int, typer.Option(rich_help_panel=_PRECISION, help="Which of them.")] = 0,
     sensitivity: Annotated[
         bool,
         typer.Option(
             "--sensitivity",
+            rich_help_panel=_PRECISION,
             help="Export nothing: measure every group of layers at every precision and recommend a recipe; "
             "tables, JSON and a picture go to -o.",
         ),
     ] = False,
     budget: Annotated[
-        str | None, typer.Option(help="For --sensitivity and --precision auto: the best within a size, as 120MB.")
+        str | None,
+        typer.Option(
+            rich_help_panel=_PRECISION, help="For --sensitivity and --precision auto: the best within a size, as 120MB."
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
+            rich_help_panel=_PRECISION,
             show_default=f"{MAX_KL:g}",
             help="For --sensitivity and --precision auto: the smallest that loses at most so many nats a token.",
         ),
@@ -122,23 +137,37 @@ def command(
     ] = True,
     greedy_tokens: Annotated[int, typer.Option(help="Tokens of the answer to compare.")] = 32,
     gguf_tokenizer: Annotated[
-        str, typer.Option(help="checked, or none: a GGUF without vocabulary, for vlm-run but not for llama-server.")
+        str,
+        typer.Option(
+            rich_help_panel=_SINGLE,
+            help="checked, or none: a GGUF without vocabulary, for vlm-run but not for llama-server.",
+        ),
     ] = "checked",
     coreml_kv: Annotated[
-        str, typer.Option(help="The KV cache of Core ML: a state, or io: input and output, which the caller keeps.")
+        str,
+        typer.Option(
+            rich_help_panel=_SINGLE,
+            help="The KV cache of Core ML: a state, or io: input and output, which the caller keeps.",
+        ),
     ] = "state",
     coreml_layout: Annotated[
-        str, typer.Option(help="plain, or ane: 1×1 convolutions with channels first, as the Neural Engine likes them.")
+        str,
+        typer.Option(
+            rich_help_panel=_SINGLE,
+            help="plain, or ane: 1×1 convolutions with channels first, as the Neural Engine likes them.",
+        ),
     ] = "plain",
     tensorrt_kv: Annotated[
         str,
         typer.Option(
-            help="The KV cache of TensorRT: concat, which grows, or scatter: of fixed size, written in place."
+            rich_help_panel=_SINGLE,
+            help="The KV cache of TensorRT: concat, which grows, or scatter: of fixed size, written in place.",
         ),
     ] = "concat",
     device_profile: Annotated[
         list[str] | None,
         typer.Option(
+            rich_help_panel=_SINGLE,
             show_default="the GPU at hand, else rtx30, rtx40, rtx50",
             help="What TensorRT engines are for: rtx40, orin, …; rtx40:24 is a board of 24 GB. Repeat for several.",
         ),
@@ -146,7 +175,8 @@ def command(
     build: Annotated[
         Path | None,
         typer.Option(
-            help="Build the TensorRT engines that this bundle lacks, on the device it is for; goes on where it stopped."
+            rich_help_panel=_SINGLE,
+            help="Build the TensorRT engines that this bundle lacks, on the device it is for; it goes on where it was.",
         ),
     ] = None,
     as_json: Annotated[
