@@ -60,7 +60,7 @@ def decide(
     around zero, for targets without zero points. `folder` takes the changed tensors (float32) and must live as long as
     the model. Raises InputError for an unknown algorithm, one without pairs, and one that has nothing to do.
     """
-    check_algorithm(algorithm, model.spec.language, recipe, calibration, samples)
+    check_algorithm(algorithm, model.spec.language, recipe, calibration, samples, ("symmetric", "zero points"))
     began, bits = time.perf_counter(), rounded_bits(model.spec.language, recipe)
     if not bits:
         return Decided(model, {})

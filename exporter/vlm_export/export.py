@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -96,15 +97,16 @@ def export(
     steps = _steps(chosen, recipe, base)
     for name, parts in steps.items():
         find_target(name).requires(recipe, model.spec, parts, context)
+    engines = 0.0
     if _TENSORRT in steps:
-        plan.check(device_profiles, model, recipe, steps[_TENSORRT], context, tensorrt_kv)
+        engines = plan.check(device_profiles, model, recipe, steps[_TENSORRT], context, tensorrt_kv)
     for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
     grids, language = grids_of(steps), model.spec.language
     check_algorithm(algorithm, language, recipe, pairs, calibration_samples, grids)
     copies = changed_copies(algorithm, language, recipe, grids, calibrated=pairs is not None)
-    held = copies * 4 * preflight.weights(model, "language_model")
+    held = copies * 4 * preflight.weights(model, "language_model") + math.ceil(engines)
     preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None) + held)
     preflight.finite(model.checkpoint, progress)
 

@@ -24,45 +24,53 @@ from vlm_quant.grouped import Form, Grouped, dequantize_grouped
 from vlm_quant.smoothquant import search_smoothing
 
 _KEPT = 1 << 30  # bytes of a layer's inputs that are kept rather than computed twice
-_SAMPLED = 512  # rows on which smoothing is tried
+_SAMPLED = 512  # rows on which scales are tried and errors measured
+_TOGETHER = 4096  # rows multiplied at once
 
 
 @dataclass(frozen=True)
 class Seen:
     """What some linear layers are given: sum of xᵀx, mean and largest |x|, some rows; and x itself, to go on with."""
 
-    hessian: NDArray[np.float64]
+    hessian: Float
     magnitude: Float
     largest: Float
     sampled: Float
     rows: Rows
 
 
-def see(x: Rows, count: int, columns: int) -> Seen:
-    """All inputs of `count` sequences, one after the other."""
-    hessian, total = torch.zeros(columns, columns, dtype=torch.float64), 0
-    magnitude, largest = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns)
+def see(x: Rows, count: int, columns: int, *, products: bool) -> Seen:
+    """All inputs of `count` sequences, one after the other; the sum of xᵀx is left empty without `products`."""
+    hessian = np.zeros((columns, columns) if products else (0, 0), np.float32)
+    magnitude, largest, total = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns), 0
     sampled: list[Tensor] = []
     kept: list[Tensor] = []
+    waiting: list[Tensor] = []
     for i in range(count):
         rows = x(i)
-        hessian += rows.T @ rows
-        magnitude += rows.abs().sum(0)
-        largest = torch.maximum(largest, rows.abs().amax(0))
-        sampled.append(rows[:: max(1, -(-len(rows) * count // _SAMPLED))])
+        size = rows.abs()
+        magnitude += size.sum(0)
+        largest = torch.maximum(largest, size.amax(0))
+        sampled.append(rows[:: max(1, -(-len(rows) * count // _SAMPLED))].clone())
         total += len(rows)
-        if kept is not None and total * columns * 4 <= _KEPT:
+        if total * columns * 4 <= _KEPT:
             kept.append(rows)
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= _TOGETHER or i == count - 1:
+            together = torch.cat(waiting).numpy()
+            waiting.clear()
+            if products:
+                hessian += together.T @ together
     mean = (magnitude / total).float().numpy()
-    go_on = Rows(kept.__getitem__) if len(kept) == count else x
-    return Seen(hessian.numpy(), mean, largest.numpy(), torch.cat(sampled).numpy(), go_on)
+    go_on = Rows(lambda i: kept[i] if i < len(kept) else x(i))
+    return Seen(hessian, mean, largest.numpy(), torch.cat(sampled).numpy(), go_on)
 
 
 class Rounding:
     """Decides the linear layers of a walk as they come; `inputs` is what `stream` calls.
 
-    `steps` are of "awq", "gptq" (int4 and int8 layers) and "smoothquant" (int8 layers). `record` holds numbers by
-    layer: the squared output error that is left, of 1 for outputs all zero, and of AWQ's scales the power.
+    `steps` are of "awq", "gptq" (int4 and int8 layers) and "smoothquant" (layers whose inputs are rounded). `record`
+    holds numbers by layer: the squared output error that is left, of 1 for outputs all zero, and of scales the power.
     """
 
     def __init__(
@@ -88,18 +96,22 @@ class Rounding:
         forms = [self._form(linear) for linear in linears]
         if not any(forms):
             return x
-        seen = see(x, self._count, linears[0].in_features)
-        if not np.isfinite(seen.hessian).all():
+        gptq = "gptq" in self._steps
+        seen = see(x, self._count, linears[0].in_features, products=gptq)
+        if not (np.isfinite(seen.largest).all() and np.isfinite(seen.hessian).all()):
             folder = self._overlay.checkpoint.folder
             raise CheckpointError(f"{folder}: calibration gives {first!r} inputs beyond float32: a damaged weight?")
         matrices = [self._overlay.floats(linear.weight) for linear in linears]
         scales = self._scales(linears, forms, matrices, seen)
-        rows = seen.rows
+        rows, sampled = seen.rows, seen.sampled
         if scales is not None:
             rows = _over(rows, scales)
-            _divide_hessian(seen.hessian, scales)
+            sampled = sampled / scales
+            if gptq:  # in place, since it may take a gigabyte
+                seen.hessian[...] /= scales
+                seen.hessian[...] /= scales[:, None]
             matrices = [matrix * scales for matrix in matrices]
-        self._round(linears, forms, matrices, seen.hessian, scaled=scales is not None)
+        self._round(linears, forms, matrices, seen.hessian, sampled, scaled=scales is not None)
         return rows
 
     def _scales(
@@ -107,13 +119,14 @@ class Rounding:
     ) -> Float | None:
         """What x is divided by (in_features,), the layer before it already divided; None where nothing is better."""
         fours = [(m, f) for m, f in zip(matrices, forms, strict=True) if f is not None and f.bits == 4]
-        eights = [m for m, f in zip(matrices, forms, strict=True) if f is not None and f.bits == 8]
+        eights = [(m, f) for m, f in zip(matrices, forms, strict=True) if f is not None and f.inputs]
         source = self._source(linears[0])
         scaling: Scaling | None = None
         if fours and "awq" in self._steps:
-            scaling = search_scales(fours, seen.hessian, seen.magnitude, source)
+            scaling = search_scales(fours, seen.sampled, seen.magnitude, source)
         elif eights and not fours and "smoothquant" in self._steps:
-            scaling = search_smoothing(eights, seen.sampled, seen.largest, source)
+            whole = any(form.inputs == "tensor" for _, form in eights)
+            scaling = search_smoothing([m for m, _ in eights], seen.sampled, seen.largest, source, whole=whole)
         if scaling is None or scaling.power == 0:
             return None
         for linear in linears:
@@ -150,7 +163,8 @@ class Rounding:
         linears: Sequence[Linear],
         forms: Sequence[Form | None],
         matrices: Sequence[Float],
-        hessian: NDArray[np.float64],
+        hessian: Float,
+        rows: Float,
         *,
         scaled: bool,
     ) -> None:
@@ -162,7 +176,7 @@ class Rounding:
                 whole = quantize_gptq(np.concatenate([matrices[i] for i in same]), hessian, form)
                 for i, part in zip(same, _split(whole, [len(matrices[i]) for i in same]), strict=True):
                     values = dequantize_grouped(part)
-                    error = _error(values - matrices[i], matrices[i], hessian)
+                    error = _error(values - matrices[i], matrices[i], rows)
                     self.record.setdefault(linears[i].name, {})["error"] = error
                     decided[i] = values, part
         for tensor in dict.fromkeys(linear.weight.tensor for linear in linears):
@@ -190,19 +204,12 @@ def _grid(groups: Sequence[Grouped], layers: int) -> Grid | None:
     return Grid(groups[0].bits, groups[0].group_size, scales, zeros)
 
 
-def _divide_hessian(hessian: NDArray[np.float64], scales: Float) -> None:
-    """That of x / scales, in place, since it may take a gigabyte."""
-    hessian /= scales
-    hessian /= scales[:, None]
-
-
 def _over(x: Rows, scales: Float) -> Rows:
     divisor = torch.from_numpy(scales)
     return Rows(lambda i: x(i) / divisor)
 
 
-def _error(change: Float, matrix: Float, hessian: NDArray[np.float64]) -> float:
-    """Squared change of the outputs, relative to the outputs."""
-    narrow = hessian.astype(np.float32)
-    lost, whole = (float(np.einsum("rc,rc->", m @ narrow, m, dtype=np.float64)) for m in (change, matrix))
+def _error(change: Float, matrix: Float, rows: Float) -> float:
+    """Squared change of the outputs on some rows, relative to the outputs."""
+    lost, whole = (float(np.square(rows @ m.T, dtype=np.float64).sum()) for m in (change, matrix))
     return lost / (whole or 1.0)

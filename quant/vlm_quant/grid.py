@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vlm_models.errors import CheckpointError
 from vlm_models.grid import Grid
 from vlm_quant.affine import Int4, Int8, Int8Groups, blocks, widen
+from vlm_quant.blockwise import Floats, quantize_blocks
 
 _NEAR = 0.35  # of a step: more than float16 moves 8-bit integers by, and bfloat16 4-bit ones
 
@@ -82,6 +83,21 @@ def pack_int4(matrix: NDArray[Any], grid: Grid) -> Int4:
     digits = _padded(integers(matrix, grid) + shift, grid.group_size, zeros[:, -1:])
     even = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
     return Int4(_nibbles(digits), scales(grid), _nibbles(even))
+
+
+def pack_blocks(matrix: NDArray[Any], grid: Grid, scale_type: Any) -> tuple[NDArray[np.int8], Floats]:
+    """Weights on a symmetric grid whose groups divide the columns: integers (rows, columns), scales (rows, groups).
+
+    The integers are the grid's, whatever `scale_type` does to the scales; only rows with a scale so small that it moves
+    weights by half a step and more (in float16 below 8e-6 at 8 bits) are rounded to nearest, on scales that it has.
+    """
+    exact, numbers = scales(grid), integers(matrix, grid).astype(np.int8)
+    stored = exact.astype(scale_type)
+    far = (np.abs(stored.astype(np.float32) - exact) * 2 ** (grid.bits - 1) > exact / 2).any(axis=1)
+    if far.any():
+        size = min(grid.group_size, matrix.shape[1])
+        numbers[far], stored[far] = quantize_blocks(widen(matrix[far]), size, grid.bits, scale_type)
+    return numbers, stored
 
 
 def _padded(digits: NDArray[Any], group_size: int, zero: int | NDArray[np.uint8]) -> NDArray[Any]:

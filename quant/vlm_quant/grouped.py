@@ -6,12 +6,15 @@ Numpy only. A weight matrix is (rows, columns) = (out_features, in_features), fl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
+
+GROUPS = (128, 64, 32, 16)  # that symmetric int4 falls back on: TensorRT keeps no others at four bits
+FINEST = 8  # columns: finer groups would take more than int8 does
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range: where a scale is tried
 _BLOCK = 1 << 18  # weights handled at once
@@ -21,12 +24,14 @@ _BLOCK = 1 << 18  # weights handled at once
 class Form:
     """Which grids are allowed: `bits` 4 or 8, a scale for `group_size` columns (0: one a row), zeros or none.
 
-    Symmetric integers are −8…7 and −127…127; others 0…15 and 0…255, over a range that always holds 0.
+    Symmetric integers are −8…7 and −127…127; others 0…15 and 0…255, over a range that always holds 0. `inputs`: what
+    the layer is given is rounded to int8 too, by a scale a row or one for all that it is ever given.
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    inputs: Literal["", "row", "tensor"] = ""
 
     @property
     def range(self) -> tuple[int, int]:
@@ -52,6 +57,17 @@ class Grouped:
     zeros: NDArray[np.uint8] | None
     group_size: int
     bits: int
+
+
+def symmetric_group(asked: int, columns: int) -> int:
+    """Columns that share a scale of symmetric int4: `asked` where it divides `columns`, else the largest that does.
+
+    Of GROUPS below `asked` if one of them divides, so that all targets can keep it, else of any size; 0 where only
+    groups finer than FINEST would fit.
+    """
+    fitting = [group for group in (asked, *GROUPS) if group <= asked and columns % group == 0]
+    group = fitting[0] if fitting else max(n for n in range(1, asked + 1) if columns % n == 0)
+    return group if group >= FINEST else 0
 
 
 def quantize_grouped(matrix: Float, scales: Float, zeros: Float, form: Form) -> Grouped:

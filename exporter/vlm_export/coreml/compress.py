@@ -24,11 +24,10 @@ from vlm_models.errors import CheckpointError, RecipeError
 from vlm_models.grid import Grid
 from vlm_quant.blockwise import quantize_blocks
 from vlm_quant.coreml_types import CoreMLType, check_coreml, coreml_type
-from vlm_quant.grid import integers, regrouped
-from vlm_quant.grid import scales as scales_of
+from vlm_quant.grid import pack_blocks, regrouped
+from vlm_quant.grouped import FINEST, symmetric_group
 from vlm_quant.recipe import Precision
 
-_FINEST = 8  # columns: finer int4 blocks would take more than int8 does
 _TINY = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -72,10 +71,10 @@ def compress(
     """The ML program `mlmodel` (one function, float weights) at `precision`, and plain values for `Part.details`.
 
     int8 takes one scale a row; int4 one scale for `precision.group_size` columns or, where they do not divide a row,
-    for their largest divisor, each layer by the rules for it; "pal4" and "pal6" one palette a weight; "w8a8" int8
-    weights and inputs of layers rounded to int8 over the ranges that `observe` (by default our executor) sees while it
-    runs `samples`. Weights of linear layers, convolutions and products with a constant are compressed; every other
-    float constant is named in `kept`. `layers` says what rules call them, by their constants without "_to_fp16".
+    for as many as `symmetric_group` says, each layer by the rules for it; "pal4" and "pal6" one palette a weight;
+    "w8a8" int8 weights and inputs of layers rounded to int8 over the ranges that `observe` (by default our executor)
+    sees while it runs `samples`. Weights of linear layers, convolutions and products with a constant are compressed;
+    every other float constant is named in `kept`. `layers` says what rules call them, by their constants without "_to_fp16".
 
     Raises RecipeError for a precision that `part` cannot take, for rules that fit no layer, and for "w8a8" without
     samples.
@@ -142,11 +141,10 @@ def _integers(
 def _block(layer: Layer, asked: int, tally: Tally) -> int:
     """Columns that share an int4 scale; 0 for a layer that has to take int8. Anything but `asked` is written down."""
     columns = layer.shape[layer.columns]
-    block = max(n for n in range(1, asked + 1) if columns % n == 0)
-    if block < _FINEST:
-        tally.kept[layer.name] = f"int8: {columns} columns have no divisor from {_FINEST} to {asked}"
-        return 0
-    if block != asked:
+    block = symmetric_group(asked, columns)
+    if not block:
+        tally.kept[layer.name] = f"int8: {columns} columns have no divisor from {FINEST} to {asked}"
+    elif block != asked:
         tally.reblocked[layer.name] = f"blocks of {block}: {columns} columns are no multiple of {asked}"
     return block
 
@@ -186,7 +184,7 @@ def _on_grid(matrix: NDArray[Any], block: int, bits: int, grid: Grid) -> tuple[N
     if found is None:
         return None
     try:
-        return integers(matrix, found).astype(np.int8), scales_of(found).astype(matrix.dtype)
+        return pack_blocks(matrix, found, matrix.dtype)
     except CheckpointError:
         return None
 

@@ -48,19 +48,33 @@ class Tally:
     """What became of the weights of one part: linear layers by precision, and those kept at another one and why.
 
     `grids` counts the layers whose integers are a quantizer's, `rounded_again` names those whose grid has no such form.
+    `int8_note` is what there is to say of int8 layers.
     """
 
     linears: Counter[str] = field(default_factory=Counter)
     kept: dict[str, str] = field(default_factory=dict)
     grids: int = 0
     rounded_again: list[str] = field(default_factory=list)
+    int8_note: str = ""
+
+    def regrouped(self, weight: Weight, bits: int, group: int, *, symmetric: bool = False) -> Grid | None:
+        """The weight's own grid in groups of `group` columns, counted; None where it has none of this form."""
+        if weight.grid is None:
+            return None
+        fits = weight.grid.bits == bits and not (symmetric and weight.grid.zeros is not None)
+        found = regrouped(weight.grid, group, weight.columns) if fits else None
+        if found is None:
+            self.rounded_again.append(weight.name)
+        else:
+            self.grids += 1
+        return found
 
     def details(self) -> dict[str, Any]:
         """Plain values for `Part.details`."""
         details: dict[str, Any] = {"linears": dict(self.linears), "kept": dict(self.kept)}
         if self.grids or self.rounded_again:
             details |= {"grids": self.grids, "rounded_again": list(self.rounded_again)}
-        return {**details, "note": SATURATION} if "int8" in self.linears else details
+        return {**details, "note": self.int8_note} if self.int8_note and "int8" in self.linears else details
 
 
 class Linears:
@@ -68,7 +82,7 @@ class Linears:
 
     def __init__(self, graph: Graph, precision: Precision) -> None:
         self.graph, self.precision = graph, precision
-        self.tally = Tally()
+        self.tally = Tally(int8_note=SATURATION)
         self.layers: list[str] = []
         self._rounded: dict[str, tuple[str, str]] = {}
         self._widened: set[str] = set()
@@ -121,7 +135,7 @@ class Linears:
         values = self.graph.reserve(f"{weight.name}.weight", (weight.columns, weight.rows), np.int8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows,), np.float32)
 
-        grid = self._grid(weight, 8, weight.columns, symmetric=True)
+        grid = self.tally.regrouped(weight, 8, weight.columns, symmetric=True)
 
         def write(start: int, rows: NDArray[Any]) -> None:
             quantized = quantize_int8(rows) if grid is None else pack_int8(rows, grid.rows(start, start + len(rows)))
@@ -164,7 +178,7 @@ class Linears:
         values = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, HEAD_GROUP), np.uint8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
 
-        grid = self._grid(weight, 8, HEAD_GROUP, symmetric=True)
+        grid = self.tally.regrouped(weight, 8, HEAD_GROUP, symmetric=True)
 
         def write(start: int, rows: NDArray[Any]) -> None:
             if grid is None:
@@ -183,7 +197,7 @@ class Linears:
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
         zeros = self.graph.reserve(f"{weight.name}.zero", (weight.rows, (groups + 1) // 2), np.uint8)
 
-        grid = self._grid(weight, 4, group)
+        grid = self.tally.regrouped(weight, 4, group)
 
         def write(start: int, rows: NDArray[Any]) -> None:
             if grid is None:
@@ -215,18 +229,6 @@ class Linears:
         """What rules call the layer; `layers` are all that were asked for."""
         self.layers.append(weight.layer or weight.name)
         return self.layers[-1]
-
-    def _grid(self, weight: Weight, bits: int, group: int, *, symmetric: bool = False) -> Grid | None:
-        """The weight's own grid in groups of `group` columns; None where it has none of this form."""
-        if weight.grid is None:
-            return None
-        fits = weight.grid.bits == bits and not (symmetric and weight.grid.zeros is not None)
-        found = regrouped(weight.grid, group, weight.columns) if fits else None
-        if found is None:
-            self.tally.rounded_again.append(weight.name)
-        else:
-            self.tally.grids += 1
-        return found
 
     def _bias(self, weight: Weight) -> str:
         return "" if weight.bias is None else self.graph.tensor(f"{weight.name}.bias", weight.bias)

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm_export.activation_ranges import ActivationRanges, language_ranges, vision_ranges
-from vlm_export.preflight import weights
+from vlm_export.preflight import weight_bytes
+from vlm_export.rules import check_rules, language_layers
 from vlm_export.target import Job
 from vlm_export.tensorrt.build import build_engines
 from vlm_export.tensorrt.devices import opset_of
@@ -39,7 +40,10 @@ PROOF = (
 
 
 def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context: int) -> None:
-    """Raise RecipeError for the types of other targets; what devices take is refused by `tensorrt.plan.check`."""
+    """Raise RecipeError for types of other targets and for rules that fit none of the language model's layers.
+
+    What devices take is refused by `tensorrt.plan.check`.
+    """
     for part in parts:
         for one in _all(recipe, part):
             if one.format and one.format not in TENSORRT_TYPES:
@@ -47,12 +51,13 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
                     f"target 'tensorrt' has no precision {one.format!r} for the {RECIPE_PARTS[part]} part: "
                     f"choose of {', '.join((*WORDS, *TENSORRT_TYPES))}"
                 )
+    if "language_model" in parts:
+        check_rules(recipe.language, language_layers(spec.language), "language_model")
 
 
 def bytes_needed(model: Model, recipe: Recipe, parts: Collection[str]) -> float:
-    """The graphs, and engines for up to two groups of devices while the next one is being written."""
-    graphs = sum(weights(model, part) * bytes_per_weight(getattr(recipe, RECIPE_PARTS[part])) for part in parts)
-    return 3.5 * graphs
+    """The graphs; `tensorrt.plan.check` knows how many engines come beside them."""
+    return sum(weight_bytes(model, part, recipe, bytes_per_weight) for part in parts)
 
 
 def build(job: Job) -> dict[str, Part]:
@@ -61,7 +66,7 @@ def build(job: Job) -> dict[str, Part]:
     Raises RecipeError for rounded activations without calibration pairs.
     """
     folder, opset = job.root / FOLDER, opset_of(job.device_profiles)
-    ranges = {part: _ranges(job, part) for part in job.parts}
+    ranges = _ranges(job)
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}
     for part in sorted(job.parts):
@@ -74,14 +79,14 @@ def build(job: Job) -> dict[str, Part]:
                 folder,
                 max_context=job.max_context,
                 kv=job.tensorrt_kv,
-                ranges=ranges[part],
+                ranges=ranges.get(part),
                 opset=opset,
                 progress=job.progress,
             )
         else:
             encoder = cast(EncoderPart, part)
             parts[part] = vision_part(
-                job.model, encoder, precision, folder, ranges=ranges[part], opset=opset, progress=job.progress
+                job.model, encoder, precision, folder, ranges=ranges.get(part), opset=opset, progress=job.progress
             )
     write_script(job.root, job.model.spec, parts)
     return build_engines(job.root, parts, job.device_profiles, job.progress)
@@ -92,18 +97,27 @@ def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[
     return {"device": {"measured": False, "note": PROOF}}
 
 
-def _ranges(job: Job, part: str) -> ActivationRanges | None:
-    """Ranges of the inputs of the part's layers, where one of its precisions rounds them."""
-    rounding = [one for one in _all(job.recipe, part) if one.format and TENSORRT_TYPES[one.format].activations]
-    if not rounding:
-        return None
-    if job.calibration is None:
-        raise RecipeError(
-            f"{RECIPE_PARTS[part]}={rounding[0]} rounds activations, whose ranges come from image-text pairs: "
-            "give --calibration, or choose int8, which rounds weights alone"
-        )
-    measure = language_ranges if part == "language_model" else vision_ranges
-    return measure(job.model, job.calibration, progress=job.progress)
+def _ranges(job: Job) -> dict[str, ActivationRanges]:
+    """Part → ranges of its layers' inputs, of those that round them; of the decided, maybe smoothed model."""
+    rounding = {part: str(one) for part in sorted(job.parts) for one in _all(job.recipe, part) if _rounds_inputs(one)}
+    for part, text in rounding.items():
+        if job.calibration is None:
+            raise RecipeError(
+                f"{RECIPE_PARTS[part]}={text} rounds activations, whose ranges come from image-text pairs: "
+                "give --calibration, or choose int8, which rounds weights alone"
+            )
+    if job.calibration is None or not rounding:
+        return {}
+    found: dict[str, ActivationRanges] = {}
+    if "language_model" in rounding:
+        found["language_model"] = language_ranges(job.model, job.calibration, progress=job.progress)
+    if vision := rounding.keys() - {"language_model"}:  # one run of the pictures for both
+        found |= dict.fromkeys(vision, vision_ranges(job.model, job.calibration, progress=job.progress))
+    return found
+
+
+def _rounds_inputs(precision: Precision) -> bool:
+    return bool(precision.format) and TENSORRT_TYPES[precision.format].activations
 
 
 def _all(recipe: Recipe, part: str) -> list[Precision]:

@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from vlm_export.onnx.graph import OPSET, Graph
 from vlm_export.onnx.linear import Weight
+from vlm_export.rules import kept_note
 from vlm_export.target import Progress
 from vlm_export.tensorrt.check_graph import write_check_graph
 from vlm_export.tensorrt.linear import Linears, Ranges
@@ -83,6 +84,7 @@ def language_model(
         io["check_graph"] = f"{FOLDER}/{write_check_graph(graph.path).name}"
         files.append(io["check_graph"])
     details = {**layers.tally.details(), "data_bytes": graph.size, "io": io}
+    details["notes"] = kept_note(PART, precision, layers.tally.kept)
     return Part(files[0], tuple(files), str(precision), details)
 
 
@@ -181,7 +183,9 @@ class TensorRTLanguage:
         def read(start: int, stop: int) -> NDArray[Any]:
             return self.checkpoint.rows(rows.tensor, rows.start + start, rows.start + stop)
 
-        weight = Weight(linear.name, linear.out_features, linear.in_features, read, bias)
+        grid = self.checkpoint.grid(rows.tensor)
+        grid = None if grid is None else grid.rows(rows.start, rows.stop)
+        weight = Weight(linear.name, linear.out_features, linear.in_features, read, bias, grid=grid)
         if linear.name == HEAD:
             out = self._wide(self.linear_layers.emit_head(x, weight, f"{linear.name}.out"), f"{linear.name}.wide")
         else:

@@ -5,9 +5,7 @@ Networks are strongly typed: x, y and the scales have the type in which the part
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_dtypes
@@ -16,10 +14,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from vlm_export.onnx.graph import Graph
-from vlm_export.onnx.linear import Weight, check_fp16, stream
+from vlm_export.onnx.linear import Tally, Weight, check_fp16, stream
+from vlm_export.rules import kept
 from vlm_models.errors import RecipeError
+from vlm_models.grid import Grid
 from vlm_quant.affine import widen
 from vlm_quant.blockwise import quantize_blocks
+from vlm_quant.grid import pack_blocks
+from vlm_quant.grouped import GROUPS, symmetric_group
 from vlm_quant.recipe import Precision
 from vlm_quant.tensorrt_types import TENSORRT_TYPES
 
@@ -35,7 +37,6 @@ NUMPY: Mapping[Compute, np.dtype[Any]] = {
 ONNX: Mapping[Compute, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = 448.0
-GROUPS = (128, 64, 32, 16)  # of int4 that TensorRT keeps at four bits
 
 
 def compute_type(precision: Precision) -> Compute:
@@ -43,18 +44,6 @@ def compute_type(precision: Precision) -> Compute:
     if precision.format == "bf16":
         return "bf16"
     return "fp32" if precision.weights == "fp32" else "fp16"
-
-
-@dataclass
-class Tally:
-    """What became of the weights of one part: linear layers by precision, and those kept at another one and why."""
-
-    linears: Counter[str] = field(default_factory=Counter)
-    kept: dict[str, str] = field(default_factory=dict)
-
-    def details(self) -> dict[str, Any]:
-        """Plain values for `Part.details`."""
-        return {"linears": dict(self.linears), "kept": dict(self.kept)}
 
 
 class Linears:
@@ -68,6 +57,7 @@ class Linears:
         self.compute = compute_type(precision)
         self.dtype, self.onnx = NUMPY[self.compute], ONNX[self.compute]
         self.tally = Tally()
+        self.layers: list[str] = []
         self._rounded: dict[tuple[str, str], str] = {}
 
     @property
@@ -77,14 +67,19 @@ class Linears:
 
     def emit(self, x: str, weight: Weight, output: str) -> str:
         """y (…, rows) from x (…, columns). Raises RecipeError for weights that fp16 cannot hold, or without a range."""
+        self.layers.append(weight.name)
         return self._emit(x, weight, output, self.precision.at(weight.name))
 
     def emit_head(self, x: str, weight: Weight, output: str) -> str:
         """The layer that gives the logits: int8 weights in every integer part, since its errors count most."""
         precision = self.precision.at(weight.name)
         own = self.precision.rule(weight.name) is not None
-        integer = precision.weights in ("int8", "int4")
-        return self._emit(x, weight, output, Precision("int8") if integer and not own else precision)
+        if own or precision.weights not in ("int8", "int4"):
+            return self.emit(x, weight, output)
+        self.layers.append(weight.name)
+        if precision != Precision("int8"):
+            self.tally.kept[weight.name] = "int8: its errors count most; a rule for it rounds more"
+        return self._emit(x, weight, output, Precision("int8"))
 
     def constant(self, name: str, array: NDArray[Any]) -> str:
         """A constant in the type in which the part computes; the same name is written once."""
@@ -100,6 +95,8 @@ class Linears:
         if kind in ("fp16", "bf16") or (kind == "fp32" and self.compute == "fp32"):
             kind = self.compute
         self.tally.linears[f"int4:g{group}" if group else kind] += 1
+        if kept(self.precision, precision):
+            self.tally.kept[weight.name] = f"{kind}: asked for by a rule"
         if kind == "fp32" and self.compute != "fp32":
             return self._wide(x, weight, output)
         if kind == self.compute:
@@ -143,9 +140,10 @@ class Linears:
         values = self.graph.reserve(f"{name}.weight", (weight.columns, weight.rows), np.int8)
         scales = self.graph.reserve(f"{name}.scale", (weight.rows,), self.dtype)
 
+        grid = self.tally.regrouped(weight, 8, weight.columns, symmetric=True)
+
         def write(start: int, rows: NDArray[Any]) -> None:
-            self._fits(name, rows)
-            integers, scale = quantize_blocks(rows, weight.columns, 8, self.dtype)
+            integers, scale = self._integers(name, start, rows, weight.columns, 8, grid)
             values.write_columns(start, integers.T)
             scales.write(start, scale[:, 0])
 
@@ -158,9 +156,10 @@ class Linears:
         values = self.graph.reserve(f"{name}.weight", (weight.columns, weight.rows // 2), np.uint8, int4=True)
         scales = self.graph.reserve(f"{name}.scale", (groups, weight.rows), self.dtype)
 
+        grid = self.tally.regrouped(weight, 4, group, symmetric=True)
+
         def write(start: int, rows: NDArray[Any]) -> None:
-            self._fits(name, rows)
-            integers, scale = quantize_blocks(rows, group, 4, self.dtype)
+            integers, scale = self._integers(name, start, rows, group, 4, grid)
             digits = integers.T.view(np.uint8) & 15
             values.write_columns(start // 2, digits[:, ::2] | digits[:, 1::2] << 4)
             scales.write_columns(start, scale.T)
@@ -169,17 +168,26 @@ class Linears:
         inputs = [f"{name}.weight", f"{name}.scale"]
         return self.graph.node("DequantizeLinear", inputs, f"{name}.float", axis=0, block_size=group)
 
+    def _integers(
+        self, name: str, start: int, rows: NDArray[Any], group: int, bits: int, grid: Grid | None
+    ) -> tuple[NDArray[np.int8], NDArray[Any]]:
+        """Rows from `start` on as integers, and scales in the type in which the part computes."""
+        self._fits(name, rows)
+        if grid is not None:
+            return pack_blocks(rows, grid.rows(start, start + len(rows)), self.dtype)
+        return quantize_blocks(rows, group, bits, self.dtype)
+
     def _int4_group(self, weight: Weight, asked: int) -> tuple[str, int]:
         """The group size nearest below the asked one that divides the inputs; int8 where there is none."""
-        fitting = [group for group in GROUPS if group <= asked and weight.columns % group == 0]
-        if not fitting or weight.rows % 2:
-            why = f"{weight.rows} outputs are odd" if fitting else f"no group of int4 divides {weight.columns} inputs"
-            self.tally.kept[weight.name] = f"int8: {why}"
+        fitting = min(symmetric_group(asked, weight.columns), GROUPS[0])
+        if fitting not in GROUPS or weight.rows % 2:
+            none = f"no group of int4 divides {weight.columns} inputs"
+            self.tally.kept[weight.name] = f"int8: {f'{weight.rows} outputs are odd' if fitting in GROUPS else none}"
             return "int8", 0
-        if fitting[0] != asked:
+        if fitting != asked:
             why = f"{asked} does not divide {weight.columns} inputs" if asked <= GROUPS[0] else "128 is the largest"
-            self.tally.kept[weight.name] = f"int4:g{fitting[0]}: {why}"
-        return "int4", fitting[0]
+            self.tally.kept[weight.name] = f"int4:g{fitting}: {why}"
+        return "int4", fitting
 
     def _fp8(self, weight: Weight, group: int) -> str:
         """One scale for the whole matrix, which is read twice."""

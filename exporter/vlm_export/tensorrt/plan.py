@@ -18,7 +18,7 @@ from vlm_export.tensorrt.devices import (
     refuse_memory,
     why_not,
 )
-from vlm_export.tensorrt.machine import check_memory
+from vlm_export.tensorrt.machine import check_memory, disk_needed
 from vlm_export.tensorrt.sdk import Sdk, find_sdks, gpu_at_hand
 from vlm_models.errors import DependencyError, InputError, RecipeError
 from vlm_models.spec import LanguageSpec
@@ -111,13 +111,13 @@ def refuse_later(later: Sequence[Device]) -> None:
         )
 
 
-def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[str], context: int, kv: str) -> None:
-    """Before an export: raise for unknown devices, precisions they cannot take, memory that is not enough (theirs, or
-    this machine's for building), no SDK.
+def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[str], context: int, kv: str) -> float:
+    """Before an export: bytes of the engines that will be built here.
 
-    Devices that nobody named are not held against their memory: RTX 40 is anything from 8 to 24 GB.
+    Raises for unknown devices, precisions they cannot take, memory that is not enough (theirs, or this machine's for
+    building), no SDK. Devices that nobody named are not held against their memory: RTX 40 is anything from 8 to 24 GB.
     """
-    from vlm_export.preflight import weights
+    from vlm_export.preflight import weight_bytes
 
     chosen = {part: getattr(recipe, RECIPE_PARTS[part]) for part in parts}
     devices = devices_of(names, chosen)
@@ -126,12 +126,14 @@ def check(names: Sequence[str], model: Model, recipe: Recipe, parts: Iterable[st
         raise InputError(
             f"device profile {old!r} may have a TensorRT that does not know TensorScatter: take --tensorrt-kv concat"
         )
-    sizes = {part: weights(model, part) * bytes_per_weight(precision) for part, precision in chosen.items()}
+    sizes = {part: weight_bytes(model, part, recipe, bytes_per_weight) for part in chosen}
     if names:
         check_boards(devices, sizes, model.spec.language, recipe.language, context, kv)
-    if steps(devices)[0]:
+    here = steps(devices)[0]
+    if here:
         largest = max(sizes, key=sizes.__getitem__)
         check_memory(largest, sizes[largest])
+    return len(here) * sum(disk_needed(size) for size in sizes.values())
 
 
 def check_boards(
@@ -148,7 +150,7 @@ def check_boards(
 
 
 def bytes_per_weight(precision: Precision) -> float:
-    """On the disk and on the device, scales included; the layers with rules are counted like the others."""
+    """On the disk and on the device, scales included."""
     if precision.weights == "int4":
         return 0.5 + 2 / precision.group_size
     return {"fp32": 4.0, "fp16": 2.0}.get(precision.weights, 1.01)

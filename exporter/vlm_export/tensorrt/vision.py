@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.trace import Constants, dims, emit, traced_graph
+from vlm_export.rules import check_rules, kept_note
 from vlm_export.target import Progress, silent
 from vlm_export.tensorrt.check_graph import write_check_graph
 from vlm_export.tensorrt.linear import Linears, Ranges
@@ -56,6 +57,7 @@ def vision_part(
         emit(traced, linears.emit, lambda node, constants: _copy(node, constants, graph, linears))
         graph.node("Cast", [result.name], names[1], to=_FLOAT)
         graph.output(names[1], _FLOAT, dims(result))
+        check_rules(precision, linears.layers, part)
         graph.save({"vlm.fingerprint": model.spec.fingerprint, "vlm.part": part})
     files, io = [graph.path, graph.data_path], {"dtype": str(linears.compute)}
     if linears.needs_check_graph:
@@ -63,6 +65,7 @@ def vision_part(
         io["check_graph"] = f"{folder.name}/{files[-1].name}"
     progress(part, 2, 2)
     details = {**linears.tally.details(), "data_bytes": graph.size, "io": io}
+    details["notes"] = kept_note(part, precision, linears.tally.kept)
     paths = tuple(f"{folder.name}/{file.name}" for file in files)
     return Part(paths[0], paths, str(precision), details)
 
