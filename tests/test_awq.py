@@ -24,7 +24,7 @@ def lost(matrix: Float, x: Float, scales: Float, form: Form = FORM) -> float:
 
 def test_scales_lower_the_output_error() -> None:
     matrix, x = case()
-    found = search_scales([(matrix, FORM)], x.T @ x, np.abs(x).mean(0), np.arange(64))
+    found = search_scales([(matrix, FORM)], x, np.abs(x).mean(0), np.arange(64))
     ones = np.ones(64, np.float32)
     assert found.power > 0
     assert lost(matrix, x, found.scales) < 0.7 * lost(matrix, x, ones)
@@ -35,7 +35,7 @@ def test_scales_lower_the_output_error() -> None:
 
 def test_layers_that_read_the_same_rows_share_scales() -> None:
     (matrix, x), (other, _) = case(), case(1)
-    found = search_scales([(matrix, FORM), (other * 3, Form(8, 0, True))], x.T @ x, np.abs(x).mean(0), np.arange(64))
+    found = search_scales([(matrix, FORM), (other * 3, Form(8, 0, True))], x, np.abs(x).mean(0), np.arange(64))
     both = [lost(matrix, x, found.scales), lost(other * 3, x, found.scales, Form(8, 0, True))]
     np.testing.assert_allclose(found.scaled, sum(both), rtol=1e-3)
 
@@ -43,7 +43,7 @@ def test_layers_that_read_the_same_rows_share_scales() -> None:
 def test_heads_that_share_a_channel_share_its_scale() -> None:
     matrix, x = case()
     source = np.arange(64) // 32 * 16 + np.arange(64) % 16  # two heads of 16 channels read each of two
-    found = search_scales([(matrix, FORM)], x.T @ x, np.abs(x).mean(0), source)
+    found = search_scales([(matrix, FORM)], x, np.abs(x).mean(0), source)
     assert found.scales.shape == (32,)
     np.testing.assert_allclose(found.scaled, lost(matrix, x, found.scales[source]), rtol=1e-3)
 
@@ -52,7 +52,7 @@ def test_no_scale_is_better_than_a_bad_one() -> None:
     """Exactly representable weights lose nothing, whatever the inputs are: the power stays 0."""
     _, x = case()
     matrix = np.tile(np.arange(16, dtype=np.float32) - 8, (32, 4))
-    found = search_scales([(matrix, FORM)], x.T @ x, np.abs(x).mean(0), np.arange(64))
+    found = search_scales([(matrix, FORM)], x, np.abs(x).mean(0), np.arange(64))
     assert (found.power, found.plain) == (0, 0)
     assert (found.scales == 1).all()
 
@@ -61,6 +61,6 @@ def test_unused_channels_keep_finite_scales() -> None:
     matrix, x = case()
     x[:, :8] = 0
     for rows in (x, np.zeros_like(x)):
-        found = search_scales([(matrix, FORM)], rows.T @ rows, np.abs(rows).mean(0), np.arange(64))
+        found = search_scales([(matrix, FORM)], rows, np.abs(rows).mean(0), np.arange(64))
         assert np.isfinite(found.scales).all()
         assert (found.scales > 0).all()

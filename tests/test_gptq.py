@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vlm_quant.gptq import inverse_factor, quantize_gptq, refit
+from vlm_quant.gptq import quantize_gptq, unit_factor
 from vlm_quant.grouped import Float, Form, dequantize_grouped, fit, quantize_grouped, spread
 
 FORMS = [Form(4, 16, False), Form(4, 32, True), Form(4, 256, False), Form(4, 0, False), Form(8, 0, True)]
@@ -96,20 +96,40 @@ def test_fewer_rows_than_channels_are_enough() -> None:
     assert np.isfinite(dequantize_grouped(quantize_gptq(matrix, x.T @ x, Form(4, 32, True)))).all()
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 200])
-def test_the_factor_is_that_of_the_inverse(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
+def test_the_factor_is_that_of_the_damped_hessian(size: int) -> None:
     x = inputs(3 * size, size)
     hessian, order = x.T @ x, np.random.default_rng(0).permutation(size)
-    factor = inverse_factor(hessian, order, 1.0).astype(np.float64)
-    assert np.allclose(np.tril(factor, -1), 0)
+    factor = unit_factor(hessian, order, 1.0).astype(np.float64)
+    np.testing.assert_array_equal(factor, np.tril(factor))
     damped = hessian[order][:, order] / np.diag(hessian).mean() + np.eye(size)
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(size), atol=1e-3)
+    exact = np.linalg.cholesky(damped)
+    np.testing.assert_allclose(factor, exact / np.diag(exact), atol=1e-4)
 
 
-def test_refitted_scales_lose_less_with_the_same_integers() -> None:
-    matrix, x = weights(), inputs()
-    for form in (Form(4, 32, False), Form(4, 40, True), Form(8, 0, True)):
-        before = quantize_gptq(matrix, x.T @ x, form)
-        after = refit(matrix, before, x.T @ x)
-        np.testing.assert_array_equal(before.integers, after.integers)
-        assert lost(matrix, dequantize_grouped(after), x) < lost(matrix, dequantize_grouped(before), x)
+def test_a_hessian_that_is_not_positive_is_damped_more() -> None:
+    x = inputs(20)
+    hessian, order = x.T @ x, np.arange(96)
+    hessian -= np.eye(96) * 0.05 * np.diag(hessian).mean()
+    np.testing.assert_array_equal(unit_factor(hessian, order, 0.01), unit_factor(hessian, order, 0.1))
+
+
+@pytest.mark.parametrize("columns", [7, 8, 9, 96])
+def test_columns_are_rounded_as_the_inverse_says(columns: int) -> None:
+    """The paper's updates, one column at a time, by the Cholesky factor of the inverse."""
+    matrix, x, form = weights(24, columns), inputs(500, columns), Form(4, 16, False)
+    hessian = x.T @ x
+    ours = quantize_gptq(matrix, hessian, form)
+    assert ours.zeros is not None
+    diagonal = np.diag(hessian)
+    inverse = np.linalg.inv(hessian / diagonal.mean() + 0.01 * np.eye(columns))
+    scale, zero = (spread(t.astype(np.float32), 16, columns).astype(np.float64) for t in (ours.scales, ours.zeros))
+    free, left = matrix.astype(np.float64), list(np.argsort(-diagonal, kind="stable"))
+    integers = np.empty(matrix.shape)
+    while left:
+        i, *left = left
+        integers[:, i] = np.clip(np.rint(free[:, i] / scale[:, i]) + zero[:, i], 0, 15)
+        error = (free[:, i] - (integers[:, i] - zero[:, i]) * scale[:, i]) / inverse[i, i]
+        free[:, left] -= np.outer(error, inverse[i, left])
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    assert (ours.integers == integers).mean() > 0.999

@@ -1,7 +1,7 @@
 """AWQ: channels that inputs use much are made larger before rounding, and their inputs as much smaller. Numpy only.
 
 Lin et al., 2023 (https://arxiv.org/abs/2306.00978): scales are a power of each channel's mean magnitude. The power is
-the one whose rounded weights change the layers' outputs least, which the sum of xᵀx tells for all rows at once.
+the one whose rounded weights change the layers' outputs on sampled rows least.
 """
 
 from __future__ import annotations
@@ -30,33 +30,32 @@ class Scaling:
 
 
 def search_scales(
-    matrices: Sequence[tuple[Float, Form]], hessian: NDArray[np.floating], magnitude: Float, source: NDArray[np.int64]
+    matrices: Sequence[tuple[Float, Form]], rows: Float, magnitude: Float, source: NDArray[np.int64]
 ) -> Scaling:
-    """One scale for each source channel, of layers (rows, columns) that read the same x.
+    """One scale for each source channel, of layers (out_features, columns) that read the sampled `rows` (n, columns).
 
-    `hessian` (columns, columns) is the sum of xᵀx, `magnitude` (columns,) the mean |x|. `source` (columns,) names the
-    channel before that each column comes from: several heads may read one.
+    `magnitude` (columns,) is the mean |x| of all rows. `source` (columns,) names the channel before that each column
+    comes from: several heads may read one.
     """
     counts = np.bincount(source)
     mean = np.maximum(np.bincount(source, magnitude) / counts, _LEAST * float(magnitude.mean()) or 1.0)
     some = [(matrix[:: -(-len(matrix) // _ROWS)], form) for matrix, form in matrices]
-    narrow = hessian.astype(np.float32)
     best, plain = Scaling(np.ones(len(counts), np.float32), 0.0, np.inf, np.inf), np.inf
     for power in POWERS:
         scales = mean**power
         scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
         wide = scales[source]
-        error = sum(_error(matrix, wide, narrow, form) for matrix, form in some)
+        error = sum(_error(matrix, wide, rows, form) for matrix, form in some)
         plain = error if power == 0 else plain
         if error < best.scaled:
             best = Scaling(scales, power, plain, error)
     return best
 
 
-def _error(matrix: Float, scales: Float, hessian: Float, form: Form) -> float:
+def _error(matrix: Float, scales: Float, rows: Float, form: Form) -> float:
     """Squared change of x Wᵀ by rounding W · scales."""
-    change = round_scaled(matrix, scales, form) - matrix
-    return float(np.einsum("rc,rc->", change @ hessian, change, dtype=np.float64))
+    change = rows @ (round_scaled(matrix, scales, form) - matrix).T
+    return float(np.square(change, dtype=np.float64).sum())
 
 
 def round_scaled(matrix: Float, scales: Float, form: Form) -> Float:
