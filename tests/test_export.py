@@ -66,6 +66,7 @@ def other_target(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     target = SimpleNamespace(
         ENGINES=dict.fromkeys(("vision_encoder", "projector", "language_model"), "other"),
         RUN_BY=("other",),
+        GRIDS="own",
         requires=lambda *_: None,
         bytes_needed=lambda *_: 1000,
         build=build,

@@ -439,8 +439,8 @@ def test_flags_that_contradict_each_other_are_one_line(
         (("--sensitivity",), "measured on image-text pairs: give --calibration"),
         (("--target", "onnx", "-o", tmp_path / "o", "--budget", "1MB"), "here is one already, 'fp16'"),
         (("--target", "onnx", "-o", tmp_path / "o", "--precision", "auto"), "give --calibration"),
-        (("-o", tmp_path / "o"), "no target given"),
-        (("--target", "onnx"), "no output folder given"),
+        (("-o", tmp_path / "o"), "missing --target"),
+        (("--target", "onnx"), "missing --output"),
     ):
         ran = run(tiny, *flags)
         assert ran.code == 2, ran.err

@@ -90,7 +90,7 @@ def test_a_precision_that_a_device_cannot_take_is_refused_with_the_reason(name: 
 
 
 def test_one_device_with_an_old_parser_keeps_all_graphs_old() -> None:
-    assert devices.opset_of([]) == devices.opset_of(["rtx40", "thor"]) == 23
+    assert devices.opset_of([]) == devices.opset_of(["rtx40", "rtx50"]) == 23
     assert devices.opset_of(["rtx40", "orin:16"]) == 21
 
 

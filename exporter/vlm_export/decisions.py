@@ -7,42 +7,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_export.target import Job, find_target
+from vlm_export.target import Job, Target
 from vlm_runtime.manifest import Part
 
 if TYPE_CHECKING:
     from vlm_export.decide import Decided
 
 
-def grids_of(steps: Mapping[str, Collection[str]]) -> set[str]:
-    """On which grids language models are to be decided."""
-    return {str(find_target(name).GRIDS) for name, parts in steps.items() if "language_model" in parts} - {"own"}
+def grids_of(builders: Mapping[str, Target], steps: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Target → the grids on which it packs a language model, for those that have one to pack and grids to choose."""
+    found = {name: str(builders[name].GRIDS) for name, parts in steps.items() if "language_model" in parts}
+    return {name: grids for name, grids in found.items() if grids != "own"}
 
 
-def decide_all(jobs: Mapping[str, Job], scratch: Path, algorithm: str, samples: int, seed: int) -> dict[str, Decided]:
-    """Target → the model that it is to pack, decided once for each kind of grid."""
+def decide_all(
+    jobs: Mapping[str, Job], grids: Mapping[str, str], scratch: Path, algorithm: str, samples: int, seed: int
+) -> dict[str, Decided]:
+    """Target → the model that it is to pack, decided once for each kind of grid (target → its kind)."""
     from vlm_export.decide import decide
 
     made: dict[str, Decided] = {}
-    decided: dict[str, Decided] = {}
-    for name, job in jobs.items():
-        for grids in grids_of({name: job.parts}):
-            if grids not in made:
-                folder = scratch / str(len(made))
-                folder.mkdir()
-                made[grids] = decide(
-                    job.model,
-                    job.recipe,
-                    job.calibration,
-                    algorithm,
-                    symmetric=grids == "symmetric",
-                    folder=folder,
-                    samples=samples,
-                    seed=seed,
-                    progress=job.progress,
-                )
-            decided[name] = made[grids]
-    return decided
+    for name, kind in grids.items():
+        if kind in made:
+            continue
+        job, folder = jobs[name], scratch / str(len(made))
+        folder.mkdir()
+        made[kind] = decide(
+            job.model,
+            job.recipe,
+            job.calibration,
+            algorithm,
+            symmetric=kind == "symmetric",
+            folder=folder,
+            samples=samples,
+            seed=seed,
+            progress=job.progress,
+        )
+    return {name: made[kind] for name, kind in grids.items()}
 
 
 def recorded(parts: Mapping[str, Part], decided: Decided | None) -> Mapping[str, Part]:

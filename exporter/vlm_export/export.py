@@ -95,17 +95,19 @@ def export(
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
     steps = _steps(chosen, recipe, base)
-    for name, parts in steps.items():
-        find_target(name).requires(recipe, model.spec, parts, context)
+    builders = {name: find_target(name) for name in steps}
+    for name, builder in builders.items():
+        builder.requires(recipe, model.spec, steps[name], context)
     engines = 0.0
     if _TENSORRT in steps:
         engines = plan.check(device_profiles, model, recipe, steps[_TENSORRT], context, tensorrt_kv)
     for engine in {e for target in chosen.values() for e in target.ENGINES.values()} if check else ():
         find_engine(engine).available()
     prompt = _golden_prompt(model, context, greedy_tokens) if check else ""
-    grids, language = grids_of(steps), model.spec.language
-    check_algorithm(algorithm, language, recipe, pairs, calibration_samples, grids)
-    copies = changed_copies(algorithm, language, recipe, grids, calibrated=pairs is not None)
+    grids, language = grids_of(builders, steps), model.spec.language
+    kinds = set(grids.values())
+    check_algorithm(algorithm, language, recipe, pairs, calibration_samples, kinds)
+    copies = changed_copies(algorithm, language, recipe, kinds, calibrated=pairs is not None)
     held = copies * 4 * preflight.weights(model, "language_model") + math.ceil(engines)
     preflight.disk(output, preflight.bytes_needed(model, recipe, steps, base is not None) + held)
     preflight.finite(model.checkpoint, progress)
@@ -128,9 +130,9 @@ def export(
         )
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            decided = decide_all(jobs, Path(scratch), algorithm, calibration_samples, seed)
+            decided = decide_all(jobs, grids, Path(scratch), algorithm, calibration_samples, seed)
             for name, one in jobs.items():
-                builder = find_target(name)
+                builder = builders[name]
                 built = builder.build(replace(one, model=decided[name].model) if name in decided else one)
                 manifest = _with_parts(manifest, builder.RUN_BY, recorded(built, decided.get(name)))
         manifest = replace(manifest, recipes={**manifest.recipes, **dict.fromkeys(chosen, str(recipe))})

@@ -74,7 +74,7 @@ def compress(
     for as many as `symmetric_group` says, each layer by the rules for it; "pal4" and "pal6" one palette a weight;
     "w8a8" int8 weights and inputs of layers rounded to int8 over the ranges that `observe` (by default our executor)
     sees while it runs `samples`. Weights of linear layers, convolutions and products with a constant are compressed;
-    every other float constant is named in `kept`. `layers` says what rules call them, by their constants without "_to_fp16".
+    every other float constant is named in `kept`. `layers` says what rules call them, by their constants.
 
     Raises RecipeError for a precision that `part` cannot take, for rules that fit no layer, and for "w8a8" without
     samples.
