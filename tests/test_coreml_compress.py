@@ -71,8 +71,8 @@ def rounded(name: str, block: int) -> NDArray[np.float32]:
     ("precision", "blocks", "size"),
     [
         (INT8, dict.fromkeys(LAYERS, 0), 0.62),
-        (INT4, {"plain": 32, "odd": 24, "prime": 0, "point": 32, "kernel": 0, "product": 32}, 0.45),
-        (Precision("int4", 64), {"plain": 48, "odd": 48, "prime": 37, "point": 64, "kernel": 0, "product": 48}, 0.42),
+        (INT4, {"plain": 32, "odd": 16, "prime": 0, "point": 32, "kernel": 0, "product": 32}, 0.45),
+        (Precision("int4", 64), {"plain": 32, "odd": 16, "prime": 37, "point": 64, "kernel": 0, "product": 32}, 0.42),
     ],
     ids=["int8", "int4", "int4:g64"],
 )

@@ -14,6 +14,7 @@ from PIL import Image
 
 from checkpoints import TEXTS
 from conftest import MakeTiny
+from vlm_export.algorithms import check_algorithm
 from vlm_export.decide import decide, decide_on
 from vlm_export.export import export
 from vlm_export.importance import Example
@@ -30,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bfloat16": {"text": "qwen3", "dtype": "bfloat16"},
 }
-INT4, INT8 = parse_recipe("language=int4:g16"), parse_recipe("language=int8")
+INT4, INT8, W8A8 = (parse_recipe(f"language={text}") for text in ("int4:g16", "int8", "w8a8"))
 
 
 def sequences(model: Model, count: int = 6, seed: int = 0) -> list[Example]:
@@ -153,6 +154,28 @@ def test_auto_is_what_each_layer_needs(tiny: Path, pairs: Calibration, tmp_path:
     assert decide(model, INT8, pairs, folder=tmp_path).record["algorithm"] == "gptq+smoothquant"
 
 
+def test_rounded_inputs_are_smoothed_on_grids_around_zero_too(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
+    model, recipe = load_model(tiny), parse_recipe("language=w8a8;down_proj=int8;layers.1=fp8")
+    decided = decide(model, recipe, pairs, symmetric=True, folder=tmp_path)
+    assert decided.record["algorithm"] == "gptq+smoothquant"
+    layers = decided.record["layers"]
+    assert {name for name, numbers in layers.items() if "error" in numbers} == {
+        f"layers.{layer}.{name}"
+        for layer in (0, 2)
+        for name in (
+            *(f"self_attn.{one}_proj" for one in "qkvo"),
+            *(f"mlp.{one}_proj" for one in ("gate", "up", "down")),
+        )
+    }
+    smoothed = {name for name, numbers in layers.items() if "power" in numbers}
+    assert smoothed
+    assert not any("down_proj" in name or "layers.1" in name for name in smoothed)
+    for name in ("layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"):
+        grid = decided.model.checkpoint.grid(f"language_model.{name}.weight")
+        assert grid is not None
+        assert (grid.bits, grid.zeros, grid.scales.shape[1]) == (8, None, 1)
+
+
 def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_path: Path) -> None:
     model = load_model(tiny)
     for algorithm, recipe, record in (
@@ -163,8 +186,9 @@ def test_without_a_need_nothing_is_changed(tiny: Path, pairs: Calibration, tmp_p
         decided = decide(model, recipe, pairs, algorithm, folder=tmp_path)
         assert decided.model is model
         assert decided.record == record
-    around_zero = decide(model, INT8, pairs, "auto", symmetric=True, folder=tmp_path)
-    assert around_zero.record == {"algorithm": "rtn"}
+    for algorithm in ("auto", "smoothquant"):  # inputs stay floats where int8 is around zero
+        around_zero = decide(model, INT8, pairs, algorithm, symmetric=True, folder=tmp_path)
+        assert around_zero.record == {"algorithm": "rtn"}
     plain = decide(model, INT4, None, "auto", folder=tmp_path)
     assert plain.model is model
     assert "int4 without calibration" in plain.record["notes"][0]
@@ -181,6 +205,11 @@ def test_what_cannot_be_is_one_line(tiny: Path, tmp_path: Path) -> None:
     for algorithm, text, words in (("awq", "int8", "int4"), ("smoothquant", "int4", "int8"), ("gptq", "fp16", "int")):
         with pytest.raises(InputError, match=f"algorithm '{algorithm}' has nothing to do: .* has no {words}"):
             decide(model, parse_recipe(f"language={text}"), None, algorithm, folder=tmp_path)
+    with pytest.raises(
+        InputError, match=r"'smoothquant' has nothing to do: .* no int8 layers whose inputs are rounded"
+    ):
+        check_algorithm("smoothquant", model.spec.language, INT8, None, 1, ("symmetric",))
+    check_algorithm("smoothquant", model.spec.language, W8A8, Calibration(()), 1, ("symmetric",))
     with pytest.raises(InputError, match=r"0 calibration samples cannot be: give 1 or more"):
         decide(model, INT4, None, "gptq", folder=tmp_path, samples=0)
     broken = [replace(one, embeds=one.embeds * float("inf")) for one in sequences(model, 2)]

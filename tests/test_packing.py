@@ -19,6 +19,7 @@ import mil_programs
 from bundles import HIDDEN, VOCAB, tiny_bundle, tiny_table
 from conftest import MakeTiny
 from vlm_export import parity, shared
+from vlm_export.algorithms import form_of
 from vlm_export.coreml.compress import compress
 from vlm_export.gguf.layers import tensor_types
 from vlm_export.gguf.tensors import gguf_name
@@ -30,6 +31,8 @@ from vlm_models.errors import CheckpointError, RecipeError
 from vlm_models.grid import Grid
 from vlm_models.model import Model, language_tensors, load_model
 from vlm_quant import affine, grid
+from vlm_quant.blockwise import dequantize_blocks
+from vlm_quant.grouped import Form, symmetric_group
 from vlm_quant.recipe import PARTS, Precision, parse_recipe
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.embedding import EmbeddingTable
@@ -109,6 +112,8 @@ def test_a_rule_that_fits_nothing_is_refused_with_the_names_that_there_are(tiny:
         ("gguf", "q4_0;lm_head=int4:g64", "its blocks are fixed"),
         ("gguf", "fp16;lm_head=q6_k", "as in 'language=q8_0;lm_head=q6_k'"),
         ("coreml", "int4;lm_hed=fp16", "fits no linear layer"),
+        ("tensorrt", "w8a8;lm_hed=fp16", "fits no linear layer"),
+        ("tensorrt", "int4;lm_head=q6_k", "no precision 'q6_k'"),
         ("coreml", "pal4;lm_head=int8", "rule lm_head=int8 cannot be"),
         ("coreml", "int4;lm_head=fp32", "rules take fp16, int8, int4"),
     ],
@@ -208,6 +213,57 @@ def test_weights_beside_their_grid_are_no_silent_rounding() -> None:
         grid.integers(moved, own)
     with pytest.raises(CheckpointError, match="beside their grid"):
         grid.integers(grid.values(numbers, own) + own.scales * 20, own)
+
+
+@pytest.mark.parametrize(
+    ("asked", "columns", "group"),
+    [
+        (32, 96, 32),  # as asked
+        (256, 512, 256),
+        (256, 576, 64),  # the largest of 128, 64, 32, 16 that divides
+        (128, 320, 64),
+        (64, 48, 16),
+        (32, 112, 16),
+        (64, 37, 37),  # any other that divides
+        (32, 72, 24),
+        (16, 24, 12),
+        (32, 37, 0),  # finer ones are not worth it
+        (32, 20, 20),
+        (16, 35, 0),
+    ],
+)
+def test_all_targets_around_zero_take_the_same_groups(asked: int, columns: int, group: int) -> None:
+    assert symmetric_group(asked, columns) == group
+    form = form_of(Precision("int4", asked), columns, symmetric=True)
+    assert form == (Form(4, group, True) if group else Form(8, 0, True))
+    assert form_of(Precision("int4", asked), columns, symmetric=False) == Form(4, asked, False)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 64), (8, 64)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scales_of_fewer_bits_keep_the_integers(bits: int, group: int, dtype: str) -> None:
+    numbers, own = chosen(9, 64, bits, group, symmetric=True)
+    own.scales[:] *= np.geomspace(1, 1e3, 9, dtype=np.float32)[:, None]
+    own.scales[4] = 0  # a row of zeros
+    numbers[4] = 0
+    weights = grid.values(numbers, own)
+    got, scales = grid.pack_blocks(weights, own, dtype)
+    np.testing.assert_array_equal(got, numbers)
+    assert scales.dtype == dtype
+    np.testing.assert_allclose(dequantize_blocks(got, scales), weights, rtol=2**-11)
+
+
+def test_rows_whose_scale_float16_has_not_are_rounded_on_one_that_it_has() -> None:
+    numbers, own = chosen(4, 32, 8, 32, symmetric=True)
+    own.scales[1], own.scales[2], own.scales[3] = 1e-5, 2.9e-6, 1e-9
+    weights = grid.values(numbers, own)
+    got, scales = grid.pack_blocks(weights, own, np.float16)
+    np.testing.assert_array_equal(got[:2], numbers[:2])
+    assert (scales > 0).all()
+    back = dequantize_blocks(got, scales)
+    assert (np.abs(back - weights) <= 0.51 * scales.astype(np.float32)).all()
+    plain = numbers * own.scales.astype(np.float16).astype(np.float32)
+    assert np.abs(back[2] - weights[2]).max() < np.abs(plain[2] - weights[2]).max()
 
 
 def gguf_language(model: Model, text: str, root: Path) -> tuple[Part, dict[str, gguf.ReaderTensor]]:

@@ -56,3 +56,22 @@ def test_unused_channels_keep_finite_scales() -> None:
         found = search_smoothing([matrix], rows, np.abs(rows).max(0), np.arange(64))
         assert np.isfinite(found.scales).all()
         assert (found.scales > 0).all()
+
+
+def test_one_scale_for_all_rows_is_smoothed_for_its_own_error() -> None:
+    """Rows of which one is much larger than the others: a scale a row hides what a scale for all loses."""
+    matrix, x = case()
+    x[3] *= 20
+    largest, ones = np.abs(x).max(0), np.ones(64, np.float32)
+
+    def lost_to_one_scale(scales: Float) -> float:
+        step = np.float32((largest / scales).max() / 127)
+        product = np.rint(x / scales / step) * step @ round_rows(matrix * scales).T
+        return float(np.square(product - x @ matrix.T).sum())
+
+    found = search_smoothing([matrix], x, largest, np.arange(64), whole=True)
+    by_rows = search_smoothing([matrix], x, largest, np.arange(64))
+    np.testing.assert_allclose(found.scaled, lost_to_one_scale(found.scales), rtol=1e-3)
+    assert found.scaled < 0.3 * lost_to_one_scale(ones)
+    assert found.scaled <= lost_to_one_scale(by_rows.scales)
+    assert found.plain > 2 * by_rows.plain

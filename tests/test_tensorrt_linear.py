@@ -20,7 +20,9 @@ from vlm_export.onnx.linear import Weight
 from vlm_export.tensorrt.check_graph import write_check_graph
 from vlm_export.tensorrt.linear import FP8_MAX, Linears, compute_type
 from vlm_models.errors import RecipeError
+from vlm_models.grid import Grid
 from vlm_quant.blockwise import dequantize_blocks, quantize_blocks
+from vlm_quant.grid import values
 from vlm_quant.recipe import Precision, parse_recipe
 
 RNG = np.random.default_rng(3)
@@ -33,14 +35,21 @@ def precision(text: str) -> Precision:
 
 
 def built(
-    path: Path, w: np.ndarray, text: str, bias: np.ndarray | None = None, *, name: str = "layer", head: bool = False
+    path: Path,
+    w: np.ndarray,
+    text: str,
+    bias: np.ndarray | None = None,
+    *,
+    name: str = "layer",
+    head: bool = False,
+    grid: Grid | None = None,
 ) -> Linears:
     """A graph of one layer: x (1, rows, columns) → y."""
     with Graph(path, "layer") as graph:
         linears = Linears(graph, precision(text), RANGES)
         graph.input("x", linears.onnx, (1, "rows", w.shape[1]))
         emit = linears.emit_head if head else linears.emit
-        emit("x", Weight(name, *w.shape, lambda start, stop: w[start:stop], bias), "y")
+        emit("x", Weight(name, *w.shape, lambda start, stop: w[start:stop], bias, grid=grid), "y")
         graph.output("y", linears.onnx, (1, "rows", w.shape[0]))
         graph.save({})
     return linears
@@ -160,6 +169,72 @@ def test_the_head_of_an_integer_part_has_int8_weights_unless_a_rule_says_otherwi
     linears = built(tmp_path / "layer.onnx", w, text, name="lm_head", head=True)
     assert linears.tally.linears == {found: 1}
     assert operators(tmp_path / "layer.onnx")["QuantizeLinear"] == 0
+
+
+def on_grid(rows: int, columns: int, bits: int, group: int, *, zeros: bool = False) -> tuple[np.ndarray, Grid]:
+    """Integers of a quantizer, whose largest one says nothing of the scale."""
+    top = 2 ** (bits - 1)
+    numbers = RNG.integers(-top + (bits == 8), top, (rows, columns)) // 2
+    scales = np.exp(RNG.normal(-4, 0.5, (rows, columns // group))).astype(np.float32)
+    return numbers, Grid(bits, group, scales, np.full(scales.shape, 3, np.uint8) if zeros else None)
+
+
+def digits(path: Path) -> np.ndarray:
+    """The integers of a layer's weight (rows, columns)."""
+    (tensor,) = (t for t in onnx.load(path).graph.initializer if t.name == "layer.weight")
+    return np.asarray(onnx.numpy_helper.to_array(tensor)).astype(np.int16).T
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "group"),
+    [
+        ("int4:g32", 4, 32),
+        ("int4:g32", 4, 128),  # a scale for 128 columns is one for each 32 of them
+        ("int4:g256", 4, 256),
+        ("int8", 8, 256),
+        ("w8a8", 8, 256),
+        ("bf16;layer=int4:g32", 4, 32),
+        ("fp32;layer=int8", 8, 256),
+    ],
+)
+def test_a_quantizers_integers_are_packed_as_they_are(
+    tmp_path: Path, text: str, bits: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "CHUNK", 32)
+    numbers, grid = on_grid(80, 256, bits, group)
+    w = values(numbers, grid)
+    linears = built(tmp_path / "layer.onnx", w, text, grid=grid)
+    assert (linears.tally.grids, linears.tally.rounded_again) == (1, [])
+    np.testing.assert_array_equal(digits(tmp_path / "layer.onnx"), numbers)
+    assert not np.array_equal(numbers, np.round(w / np.abs(w).max(1, keepdims=True) * (2 ** (bits - 1) - 1)))
+    x = RNG.standard_normal((5, 256)).astype(np.float32)
+    if text in ("int4:g32", "int8"):
+        assert relative(run(tmp_path / "layer.onnx", x), x @ w.T) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "group", "zeros"),
+    [("int4:g64", 4, 32, False), ("int4:g32", 4, 32, True), ("int8", 8, 64, False), ("w8a8", 4, 256, False)],
+)
+def test_a_grid_that_has_no_such_form_is_rounded_again_and_named(
+    tmp_path: Path, text: str, bits: int, group: int, zeros: bool
+) -> None:
+    numbers, grid = on_grid(16, 256, bits, group, zeros=zeros)
+    linears = built(tmp_path / "layer.onnx", values(numbers, grid), text, grid=grid)
+    details = linears.tally.details()
+    assert (details["grids"], details["rounded_again"]) == (0, ["layer"])
+
+
+def test_layers_that_stay_in_floats_and_the_head_are_listed_with_the_reason(tmp_path: Path) -> None:
+    w = RNG.standard_normal((64, 64)).astype(np.float32)
+    for text, reason in (("int4;layer=fp32", "fp32: asked for"), ("w8a8;layer=fp16", "fp16: asked for"), ("int8", "")):
+        found = built(tmp_path / "layer.onnx", w, text).tally.kept.get("layer", "")
+        assert found.startswith(reason), text
+        assert bool(found) is bool(reason)
+    for text, reason in (("int4", "int8: its errors count most"), ("fp8", "int8: its errors count most"), ("int8", "")):
+        found = built(tmp_path / "layer.onnx", w, text, name="lm_head", head=True).tally.kept.get("lm_head", "")
+        assert found.startswith(reason), text
+        assert bool(found) is bool(reason)
 
 
 def test_a_rule_keeps_a_layer_at_float32_in_a_part_of_fewer_bits(tmp_path: Path) -> None:
