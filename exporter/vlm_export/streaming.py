@@ -7,6 +7,7 @@ sequences and one layer of weights, however large the model.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from vlm_models.checkpoint import Checkpoint
 from vlm_models.language import Attention, Linear, Norm, walk
 from vlm_models.spec import LanguageSpec
 from vlm_models.torch_language import TorchLanguage
+
+_TOGETHER = 512  # rows of short sequences that pass a linear layer at once
 
 
 class Rows:
@@ -64,6 +67,7 @@ class _Streaming:
     ) -> None:
         self._checkpoint, self._spec, self._states = checkpoint, spec, states  # entering the current layer
         self._inputs, self._reached = inputs, reached
+        self._batches = batches([len(state) for state in states])
         self._read: set[str] = set()  # tensors of the current layer
         self._language = TorchLanguage(checkpoint, spec, keep=True)
 
@@ -76,10 +80,16 @@ class _Streaming:
         self._read.update(linear.weight.tensor for linear in linears)
 
         @functools.lru_cache(maxsize=1)
-        def outputs(i: int) -> tuple[Tensor, ...]:
-            return self._language.linears(rows(i), linears)
+        def outputs(batch: range) -> list[tuple[Tensor, ...]]:
+            given = [rows(i) for i in batch]
+            made = self._language.linears(torch.cat(given), linears)
+            return [torch.split(y, [len(x) for x in given]) for y in made]
 
-        return tuple(Rows(functools.partial(lambda k, i: outputs(i)[k], k)) for k in range(len(linears)))
+        def output(k: int, i: int) -> Tensor:
+            batch = self._batches[i]
+            return outputs(batch)[k][i - batch.start]
+
+        return tuple(Rows(functools.partial(output, k)) for k in range(len(linears)))
 
     def rms_norm(self, x: Rows, norm: Norm) -> Rows:
         if norm.name == "norm" or norm.name.endswith(".input_layernorm"):
@@ -122,3 +132,12 @@ class _Streaming:
 
     def softcap(self, x: Rows, cap: float) -> Rows:
         return Rows(lambda i: self._language.softcap(x(i), cap))
+
+
+def batches(lengths: Sequence[int]) -> list[range]:
+    """For each sequence, neighbours that pass linear layers with it: few rows beside the first's."""
+    found: list[range] = []
+    for _, same in itertools.groupby(itertools.accumulate(lengths), lambda end: (end - 1) // _TOGETHER):
+        batch = range(len(found), len(found) + len(list(same)))
+        found += [batch] * len(batch)
+    return found

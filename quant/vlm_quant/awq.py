@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vlm_quant.grouped import Float, Form, dequantize_grouped, fit, quantize_grouped
 
 POWERS = tuple(i / 12 for i in range(12))
-_ROWS = 256  # of each matrix, on which powers are compared
+_ROWS = 128  # of each matrix, on which powers are compared
 _LEAST = 1e-4
 
 
