@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm_quant.calibration import Calibration
 
 STEPS = {"awq": {4}, "gptq": {4, 8}, "smoothquant": {8}}  # the bits of the layers that each is for
-SAMPLES = 128
+SAMPLES = 64
 
 
 def steps(algorithm: str, spec: LanguageSpec, recipe: Recipe, *, calibrated: bool, symmetric: bool) -> frozenset[str]:
