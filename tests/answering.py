@@ -65,7 +65,7 @@ def from_scratch(vlm: VLM, text: str, images: list[Image.Image], count: int) -> 
     ids = []
     for token in vlm.tokenizer.encode(text):
         ids += [token] * (IMAGE_TOKENS if token == prompt.image_token_id else 1)
-    rows = [vlm.projector.run(vlm.vision_encoder.run(vlm.picture(image).pixels[None]))[0] for image in images]
+    rows = [vlm.projector.run(vlm.vision_encoder.run(vlm.picture(image).pixels))[0] for image in images]
     made: list[int] = []
     for _ in range(count):
         vlm.decoder.rewind(0)

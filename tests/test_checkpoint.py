@@ -153,7 +153,7 @@ def test_unsupported_types_and_families_are_listed(copy: Path) -> None:
         ({"text_config": {**config["text_config"], "model_type": "mamba"}}, "'mamba' is not supported; .*qwen2"),
         ({"vision_config": {**config["vision_config"], "model_type": "dinov2"}}, "'dinov2' .*siglip_vision_model"),
         ({"vision_feature_layer": 99}, "vision_feature_layer 99 is outside"),
-        ({"text_config": {**config["text_config"], "hidden_size": "many"}}, "not a valid LLaVA config"),
+        ({"text_config": {**config["text_config"], "hidden_size": "many"}}, "is not a valid config"),
     ):
         (copy / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=message):

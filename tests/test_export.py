@@ -32,7 +32,7 @@ from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import engine_names, find_engine
 from vlm_runtime.image import open_image, preprocess
 from vlm_runtime.manifest import Part, read_manifest
-from vlm_runtime.prompt import Tokenizer, expand
+from vlm_runtime.tokenizer import Tokenizer, expand
 
 # The module: `vlm_export.export` is the function.
 LINE = sys.modules["vlm_export.export"]
@@ -109,13 +109,13 @@ def test_the_golden_vectors_replay(bundle: Path) -> None:
     with safe_open(bundle / golden.VECTORS, framework="numpy") as file:
         about = file.metadata()
     pixels = preprocess(open_image(bundle / golden.PICTURE), opened.spec.preprocess)
-    np.testing.assert_allclose(vectors["pixel_values"], pixels, atol=1e-5)
-    ids = expand(Tokenizer(opened).encode(about["prompt"]), opened.spec.prompt, 1)
+    np.testing.assert_allclose(vectors["pixel_values"], pixels[None], atol=1e-5)
+    ids = expand(Tokenizer(opened).encode(about["prompt"]), opened.spec.prompt, [opened.spec.prompt.image_tokens])
     assert vectors["prompt_ids"].tolist() == ids
     text = np.array(ids) != opened.spec.prompt.image_token_id
     rows = EmbeddingTable(opened).rows([i for i, t in zip(ids, text, strict=True) if t])
     np.testing.assert_allclose(vectors["inputs_embeds"][text], rows, atol=1e-6)
-    np.testing.assert_array_equal(vectors["inputs_embeds"][~text], vectors["image_embeds"])
+    np.testing.assert_array_equal(vectors["inputs_embeds"][~text], vectors["image_embeds"][0])
     assert vectors["logits"].argmax() == vectors["greedy_tokens"][0]
     assert vectors["greedy_tokens"].shape == (32,)
 

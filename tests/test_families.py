@@ -26,8 +26,8 @@ from vlm_quant.recipe import parse_recipe
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.engine import Decoder, Options, find_engine
 from vlm_runtime.manifest import Manifest, Table
-from vlm_runtime.prompt import expand
 from vlm_runtime.splice import splice
+from vlm_runtime.tokenizer import expand
 
 PROMPT = "USER: Look here: <image>\nWhat colour is the large circle? ASSISTANT:"
 TOLERANCE = 1e-4
@@ -155,7 +155,7 @@ def test_a_picture_file_through_the_whole_line_equals_transformers(
     want = truth(folder, picture_file)
     export(folder, "onnx", tmp_path / "bundle", precision="fp32", check=False)
     model = vlm_runtime.load(tmp_path / "bundle", threads=1)
-    ids = expand(model.tokenizer.encode(PROMPT), model.spec.prompt, 1)
+    ids = expand(model.tokenizer.encode(PROMPT), model.spec.prompt, [model.spec.prompt.image_tokens])
     assert ids == want.ids
     logits = model.decoder.prefill(splice(ids, [model.encode_image(picture_file)], model.embedding))
     assert relative_l2(logits, want.logits[-1]) <= TOLERANCE

@@ -68,7 +68,7 @@ def rows(model: Model, mmproj: Path, pixels: np.ndarray) -> np.ndarray:
 
 def expected(model: Model, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """The checkpoint's own rows of a picture, and its pixels as prepared for it."""
-    pixels = pixel_values(model, picture)
+    pixels = pixel_values(model, picture)[0]
     with torch.inference_mode():
         embeds = model.projector()(model.vision_encoder()(torch.from_numpy(pixels)[None]))[0].numpy()
     return embeds, bitmap(pixels, model.spec.preprocess)
@@ -277,7 +277,7 @@ def test_the_record_of_a_measurement(options: dict[str, Any], plain: bool, make_
 
 def test_the_bitmap_normalises_back_to_the_pixel_values(make_tiny: MakeTiny, picture: Image.Image) -> None:
     model = load_model(make_tiny())
-    pixels, spec = pixel_values(model, picture), model.spec.preprocess
+    pixels, spec = pixel_values(model, picture)[0], model.spec.preprocess
     levels = bitmap(pixels, spec).astype(np.float32).transpose(2, 0, 1)
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     np.testing.assert_allclose((levels * np.float32(spec.rescale) - mean) / std, pixels, atol=1e-5)

@@ -104,7 +104,7 @@ def write(model: Model, folder: Path, type: str) -> tuple[Path, Path]:
 
 def prepared(model: Model, picture: Image.Image) -> Image.Image:
     """The picture as the checkpoint's preprocessing makes it, which llama-server neither scales nor pads."""
-    return Image.fromarray(bitmap(pixel_values(model, picture), model.spec.preprocess))
+    return Image.fromarray(bitmap(pixel_values(model, picture)[0], model.spec.preprocess))
 
 
 def url(picture: Image.Image) -> str:

@@ -112,7 +112,7 @@ def test_every_missing_required_key_is_refused_by_reader_and_schema(folder: Path
     data = written(folder)
     optional = {
         f.name
-        for c in (type(SPEC.language), type(SPEC.preprocess), type(SPEC.prompt))
+        for c in (type(SPEC), *(type(s) for s in (SPEC.language, SPEC.preprocess, SPEC.prompt, SPEC.projector)))
         for f in dataclasses.fields(c)
         if f.default is not dataclasses.MISSING
     }

@@ -68,7 +68,7 @@ def test_the_reference_is_what_transformers_computes(
         rows = rows[0] if isinstance(rows, list | tuple) else rows
     assert found.prompt == text
     assert list(found.prompt_ids) == inputs["input_ids"][0].tolist()
-    np.testing.assert_array_equal(found.pixel_values, inputs["pixel_values"][0].numpy())
+    np.testing.assert_array_equal(found.pixel_values, inputs["pixel_values"].numpy())
     np.testing.assert_allclose(found.image_embeds, rows.reshape(found.image_embeds.shape).numpy(), atol=1e-5)
     np.testing.assert_allclose(found.logits[0], first.numpy(), atol=2e-4)
     new = generated[0, inputs["input_ids"].shape[1] :].tolist()
@@ -156,6 +156,7 @@ class Fake:
         values = {f.name: getattr(reference, f.name) for f in dataclasses.fields(reference)} | changed
         for stage in ("pixel_values", "image_features", "image_embeds", "inputs_embeds"):
             setattr(self, stage, values[stage])
+        self.prompt_ids = list(values["prompt_ids"])
         self._logits, self.asked = values["logits"], None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -256,6 +257,13 @@ def test_not_a_number_never_passes(reference: Reference) -> None:
     assert "nan" in str(parity.failure(found, parse_recipe("int4")))
     found["stages"]["logits"]["kl"] = None  # as the manifest stores it
     assert "kl" in parity.missed(found["stages"]["logits"])
+
+
+def test_another_prompt_is_said_so(reference: Reference) -> None:
+    ids = np.array(reference.prompt_ids)
+    ids[3] += 1
+    with pytest.raises(CheckError, match="token 3 is the first that differs"):
+        measured(reference, prompt_ids=ids)
 
 
 def test_another_prompt_length_is_said_so(reference: Reference) -> None:

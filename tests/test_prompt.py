@@ -21,7 +21,8 @@ from vlm_models.errors import BundleError, PromptError
 from vlm_models.spec import PromptSpec
 from vlm_runtime.bundle import open_bundle
 from vlm_runtime.manifest import FileEntry, read_manifest, write_manifest
-from vlm_runtime.prompt import MAX_RENDERED, Tokenizer, expand, render, user_message
+from vlm_runtime.prompt import MAX_RENDERED, render, user_message
+from vlm_runtime.tokenizer import Tokenizer, expand
 
 PICTURE = Image.new("RGB", (40, 30), "red")
 T = 16  # image tokens of a 32 × 32 picture with patches of 8
@@ -169,7 +170,7 @@ def test_ids_equal_transformers_processor(tmp_path: Path, kind: str, adds_bos: b
             if name == "gemma" and title == "system":
                 continue
             images = sum(p["type"] == "image" for m in messages for p in m["content"])
-            ids = expand(mine.encode(render(messages, prompt)), prompt, images)
+            ids = expand(mine.encode(render(messages, prompt)), prompt, [prompt.image_tokens] * images)
             assert ids == theirs(messages, tokenizer, template), (name, title)
 
 
@@ -317,14 +318,14 @@ def test_more_or_fewer_places_than_pictures_are_refused_with_both_numbers(text: 
         user_message(text, images, PLAIN)
     ids = [1] + [5] * places
     with pytest.raises(PromptError, match=words):
-        expand(ids, PLAIN, images)
+        expand(ids, PLAIN, [PLAIN.image_tokens] * images)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=30))
 def test_expand_repeats_the_image_token_and_nothing_else(ids: list[int]) -> None:
     wanted = [i for token in ids for i in ([token] * T if token == 5 else [token])]
-    out = expand(ids, PLAIN, ids.count(5))
+    out = expand(ids, PLAIN, [PLAIN.image_tokens] * ids.count(5))
     assert out == wanted
     assert all(type(i) is int for i in out)
 

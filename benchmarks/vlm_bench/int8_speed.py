@@ -234,7 +234,7 @@ def command(
         facts |= {"held_out_long": divergence(bundles, long), "long_prompts": len(long)}
         parts = ("vision_encoder", "projector")
         towers = {name: built(model, name, parts, _made(work / f"tower-{name}")) for name in VISION}
-        seen = (pixel_values(model, make_scene(seed, "test")[0]) for seed in range(pictures))
+        seen = (pixel_values(model, make_scene(seed, "test")[0])[0] for seed in range(pictures))
         facts["cosine"] = cosines(towers, seen)
         filled = max((example.embeds for example in prompt), key=len).numpy()
         timed = np.resize(filled, (rows, filled.shape[1]))

@@ -36,7 +36,8 @@ from vlm_models.model import Model, load_model
 from vlm_models.processor import tokenizer_json
 from vlm_quant.gguf_types import GGUF_TYPES
 from vlm_runtime.engines.gguf import GgufDecoder
-from vlm_runtime.prompt import expand, render, user_message
+from vlm_runtime.prompt import render, user_message
+from vlm_runtime.tokenizer import expand
 
 Floats = NDArray[np.float32]
 TILED = ((300, 200), (224, 112), (672, 336))  # width, height, for a tower of 336 pixels; scaled to the tower's size
@@ -100,7 +101,8 @@ def _tanh(model: Model, reference: Reference) -> float | None:
     import torch
     from transformers.activations import ACT2FN
 
-    encoder, projector = model.vision_encoder(), model.projector()
+    encoder: Any = model.vision_encoder()
+    projector: Any = model.projector()
     blocks: Any = [m for m in encoder.modules() if type(getattr(m, "activation_fn", None)).__name__ == "GELUActivation"]
     if not blocks and projector.activation != "gelu":
         return None
@@ -109,7 +111,7 @@ def _tanh(model: Model, reference: Reference) -> float | None:
         block.activation_fn = ACT2FN["gelu_pytorch_tanh"]
     projector.activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
     with torch.inference_mode():
-        rows = projector(encoder(torch.from_numpy(reference.pixel_values)[None]))[0].numpy()
+        rows = projector(encoder(torch.from_numpy(reference.pixel_values)))[0].numpy()
     for block, function in zip(blocks, before, strict=True):
         block.activation_fn = function
     projector.activation = activation
@@ -170,7 +172,7 @@ def _answers(model: Model, mmproj: Path | None, language: Path, pictures: int, t
     tokenizer, right, asked = Tokenizer.from_str(tokenizer_json(model.checkpoint)), 0, 0
     for seed in range(pictures):
         picture, objects = make_scene(seed, "test")
-        pixels = pixel_values(model, picture)
+        pixels = pixel_values(model, picture)[0]
         if opened is not None:
             rows = opened.rows(bitmap(pixels, spec.preprocess), spec.projector.out_features) * scale
         else:
@@ -189,7 +191,7 @@ def _greedy(model: Model, tokenizer: Tokenizer, decoder: GgufDecoder, rows: Floa
     spec = model.spec.prompt
     prompt = render([user_message(question, 1, spec)], spec)
     starts = bool(spec.bos_token) and prompt.startswith(spec.bos_token or "")
-    ids = np.array(expand(tokenizer.encode(prompt, add_special_tokens=not starts).ids, spec, 1))
+    ids = np.array(expand(tokenizer.encode(prompt, add_special_tokens=not starts).ids, spec, [spec.image_tokens]))
     image = ids == spec.image_token_id
     embeds = looked_up(model, np.where(image, 0, ids).tolist()).numpy().copy()
     embeds[image] = rows

@@ -50,7 +50,7 @@ def make(
 def encode(model: vlm.VLM, image: Image.Image) -> dict[str, float]:
     """Milliseconds of preprocessing, vision encoder and projector for one picture."""
     times = [time.perf_counter()]
-    pixels = model.picture(image).pixels[None]
+    pixels = model.picture(image).pixels
     times.append(time.perf_counter())
     features = model.vision_encoder.run(pixels)
     times.append(time.perf_counter())

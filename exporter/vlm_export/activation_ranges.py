@@ -54,7 +54,7 @@ def vision_ranges(
     hooks = [hook for module in (encoder, projector) for hook in _watch(module, seen)]
     try:
         for i, picture in enumerate(pictures):
-            pixels = torch.from_numpy(pixel_values(model, open_image(picture)))[None]
+            pixels = torch.from_numpy(pixel_values(model, open_image(picture)))
             with torch.inference_mode():
                 projector(encoder(pixels))
             progress("calibration", i + 1, len(pictures))

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,12 +16,13 @@ from vlm_export import goal
 from vlm_export.algorithms import SAMPLES
 from vlm_export.export import export
 from vlm_export.goal import MAX_KL
-from vlm_export.table import Stages, notes, parity_table, size
+from vlm_export.result import report, show, written
+from vlm_export.table import Stages
 from vlm_export.tensorrt.build import build_bundle
 from vlm_export.tensorrt.report import engine_table, engines
+from vlm_models.checkpoint import Sources
 from vlm_models.command import run
-from vlm_models.errors import BundleError, CheckError, InputError
-from vlm_runtime.manifest import Manifest, read_manifest
+from vlm_models.errors import CheckError, InputError
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -47,7 +48,7 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 """
 
 
-_PRECISION, _SINGLE = "Precision", "Single targets"  # panels of --help
+_PRECISION, _SINGLE, _SOURCES = "Precision", "Single targets", "Pieces that a checkpoint only names"  # panels of --help
 
 
 @app.command(help=_HELP, no_args_is_help=True)
@@ -124,6 +125,30 @@ def command(
             help="For --sensitivity and --precision auto: the smallest that loses at most so many nats a token.",
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SOURCES,
+            show_default="what the adapter names",
+            help="The model that a LoRA folder was trained on: a folder or hub id.",
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SOURCES,
+            show_default="the checkpoint's own weights, else what it names",
+            help="The vision tower of a checkpoint in LLaVA's original layout: a folder or hub id.",
+        ),
+    ] = None,
+    conversation: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SOURCES,
+            show_default="found by the checkpoint's name",
+            help="The conversation template it was trained with: llava_v1, mistral_instruct, chatml, …",
+        ),
+    ] = None,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -188,13 +213,14 @@ def command(
     if build is not None:
         _refuse_beside_build({"a CHECKPOINT": checkpoint, "--target": target, "--output": output})
         return _build(build, device_profile or (), console, as_json, quiet)
+    sources = Sources(base, vision_tower, conversation)
     if sensitivity:
         if checkpoint is None:
             raise InputError("missing CHECKPOINT: --sensitivity measures a checkpoint")
         with Stages(console, shown=not (as_json or quiet)) as stages:
             found = goal.measured(
                 checkpoint, target, output, precision, calibration, budget, max_kl, algorithm, calibration_samples,
-                seed, stages,
+                seed, sources, stages,
             )  # fmt: skip
         return goal.show(found, output, as_json=as_json, quiet=quiet)
     if checkpoint is None or not target or output is None:
@@ -223,15 +249,16 @@ def command(
                 coreml_layout=coreml_layout,  # type: ignore[arg-type]
                 tensorrt_kv=tensorrt_kv,  # type: ignore[arg-type]
                 device_profiles=device_profile or (),
+                sources=sources,
                 progress=stages,
             )
         except CheckError as error:
-            missed, manifest = error, _written(output, target, error)
+            missed, manifest = error, written(output, target, error)
     seconds = {**stages.seconds, "total": round(time.perf_counter() - began, 3)}
     if as_json:
-        typer.echo(json.dumps(_report(output, manifest, target, seconds)))
+        typer.echo(json.dumps(report(output, manifest, target, seconds)))
     elif not quiet:
-        _show(Console(), output, manifest, target, seconds)
+        show(Console(), output, manifest, target, seconds)
     if missed is not None:
         raise missed
     return None
@@ -257,40 +284,3 @@ def _build(bundle: Path, profiles: Sequence[str], console: Console, as_json: boo
         typer.echo(json.dumps({"output": str(bundle.absolute()), "seconds": stages.seconds, "engines": found}))
     elif not quiet:
         Console().print(engine_table(found))
-
-
-def _written(output: Path, targets: list[str], error: CheckError) -> Manifest:
-    """The manifest of a bundle that missed parity; raises `error` again where nothing was written."""
-    try:
-        manifest = read_manifest(output.expanduser())
-    except BundleError:
-        raise error from None
-    if any(target not in manifest.parity for target in targets):
-        raise error
-    return manifest
-
-
-def _report(output: Path, manifest: Manifest, targets: list[str], seconds: dict[str, float]) -> dict[str, Any]:
-    return {
-        "output": str(output.absolute()),
-        "targets": targets,
-        "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "files": {name: entry.bytes for name, entry in manifest.files.items()},
-        "seconds": seconds,
-        "parity": {name: manifest.parity.get(name) for name in targets},
-    }
-
-
-def _show(console: Console, output: Path, manifest: Manifest, targets: list[str], seconds: dict[str, float]) -> None:
-    for name in targets:
-        if name in manifest.parity:
-            console.print(parity_table(name, manifest.parity[name]))
-            for note in notes(manifest, name):
-                console.print(note, highlight=False, markup=False, soft_wrap=True)
-        else:
-            console.print(f"{name}: parity: not measured")
-    total = sum(entry.bytes for entry in manifest.files.values())
-    recipe = ", ".join(f"{name}: {manifest.recipes[name]}" for name in targets)
-    console.print(
-        f"{output}  {size(total)}, {recipe}, {seconds['total']:.0f} s", highlight=False, markup=False, soft_wrap=True
-    )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vlm_export.algorithms import SAMPLES, check_algorithm, form_of, rounded_bits, steps
 from vlm_export.importance import Example, examples
 from vlm_export.overlay import Overlay
@@ -21,7 +23,7 @@ from vlm_export.streaming import stream
 from vlm_export.target import Progress, silent
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.model import Model
-from vlm_models.vision import Projector, VisionEncoder
+from vlm_models.vision import Encoder
 from vlm_quant.calibration import Calibration, sample
 from vlm_quant.recipe import Recipe
 
@@ -121,8 +123,8 @@ class _Rounded(Model):
         super().__init__(checkpoint, model.spec)
         self._model = model
 
-    def vision_encoder(self) -> VisionEncoder:
+    def vision_encoder(self) -> Encoder:
         return self._model.vision_encoder()
 
-    def projector(self) -> Projector:
+    def projector(self) -> nn.Module:
         return self._model.projector()

@@ -19,6 +19,7 @@ from vlm_export.pairs import calibration_pairs
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_export.tensorrt import plan
+from vlm_models.checkpoint import NO_SOURCES, Sources
 from vlm_models.errors import CheckError, InputError
 from vlm_quant.recipe import PARTS as RECIPE_PARTS
 from vlm_quant.recipe import Recipe
@@ -56,6 +57,7 @@ def export(
     coreml_layout: Literal["plain", "ane"] = "plain",
     tensorrt_kv: Literal["concat", "scatter"] = "concat",
     device_profiles: Sequence[str] = (),
+    sources: Sources = NO_SOURCES,
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -70,7 +72,8 @@ def export(
     the vocabulary out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state,
     `coreml_layout` "ane" puts channels first; `tensorrt_kv` "scatter" gives TensorRT a cache of fixed size, written in
     place; `device_profiles` ("rtx40", "rtx40:24" with 24 GB) are what its engines are built for, by default the GPU at
-    hand, else RTX 30, 40 and 50. `progress(stage, done, of)` is called all along.
+    hand, else RTX 30, 40 and 50. `sources` say where pieces lie that the checkpoint only names (a LoRA's base model, a
+    vision tower). `progress(stage, done, of)` is called all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -89,7 +92,7 @@ def export(
         raise InputError(
             f"device profiles are for target {_TENSORRT!r}: add it with --target {_TENSORRT}, or leave them"
         )
-    model = _load(checkpoint, output, chosen)
+    model = _load(checkpoint, sources, output, chosen)
     pairs = calibration_pairs(model.checkpoint, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
@@ -172,7 +175,7 @@ def _steps(chosen: Mapping[str, Target], recipe: Recipe, base: Manifest | None) 
     return {name: parts for name, parts in steps.items() if parts}
 
 
-def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) -> Model:
+def _load(checkpoint: str | Path, sources: Sources, output: Path, chosen: Mapping[str, Target]) -> Model:
     from vlm_models.model import load_model
 
     if not chosen:
@@ -180,7 +183,7 @@ def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) ->
     if Path(checkpoint).expanduser().is_dir():
         write.check_output(output, Path(checkpoint).expanduser())
     try:
-        model = load_model(checkpoint)
+        model = load_model(checkpoint, sources)
     except ModuleNotFoundError as error:
         raise not_installed(error, "reading a checkpoint", "export") from error
     write.check_output(output, model.checkpoint.folder)
@@ -190,7 +193,7 @@ def _load(checkpoint: str | Path, output: Path, chosen: Mapping[str, Target]) ->
 def _golden_prompt(model: Model, context: int, tokens: int) -> str:
     """The prompt of the check, which must fit the context together with its answer."""
     prompt = golden.prompt(model.spec.prompt)
-    rows = len(prompt_ids(model, prompt))
+    rows = len(prompt_ids(model, prompt, [golden.picture()]))
     if tokens < 1:
         raise InputError(f"greedy tokens {tokens} cannot be: the check needs at least 1 (or --no-check)")
     if rows + tokens > context:
@@ -219,6 +222,7 @@ def _with_shared(model: Model, context: int, recipe: Recipe, folder: Path, progr
         parity={},
         golden=None,
         tools=_tools(),
+        image_newline=shared.write_newline(model.checkpoint, model.spec, folder),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vlm_export.target import Progress
+from vlm_models.checkpoint import Sources
 from vlm_models.errors import InputError
 from vlm_quant.recipe import Recipe, parse_recipe
 
@@ -64,6 +65,7 @@ def measured(
     algorithm: str,
     samples: int,
     seed: int,
+    sources: Sources,
     progress: Progress,
 ) -> Recommended:
     """`--sensitivity` on a checkpoint, and its files where `output` is a folder.
@@ -83,7 +85,7 @@ def measured(
         pareto.check_pictures()
         if output.is_file():
             raise InputError(f"{output} is a file: -o takes a folder for {', '.join(pareto.NAMES)}")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, sources)
     found = recommend(
         model,
         calibration_pairs(model.checkpoint, calibration),

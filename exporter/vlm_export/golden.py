@@ -47,8 +47,9 @@ def write_picture(folder: Path) -> Path:
 
 
 def write_vectors(folder: Path, reference: Reference) -> None:
-    """golden/golden.safetensors: float32 `pixel_values` (3,s,s), `image_features` (T,F), `image_embeds` (T,H),
-    `inputs_embeds` (S,H), `logits` (V,) of the last prompt row; int64 `prompt_ids` (S,) and `greedy_tokens` (N,).
+    """golden/golden.safetensors: float32 `pixel_values` (N,3,s,s), `image_features` (N,T,F), `image_embeds` (N,T',H)
+    of the picture's N tiles, `inputs_embeds` (S,H), `logits` (V,) of the last prompt row; int64 `prompt_ids` (S,) and
+    `greedy_tokens` (n,).
     """
     from safetensors.numpy import save
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vlm_export.reference import looked_up, pixel_values, spliced
+from vlm_export.reference import looked_up, picture_rows, spliced
 from vlm_export.streaming import Rows, stream
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError, PromptError
@@ -26,7 +26,9 @@ from vlm_models.language import Linear
 from vlm_models.processor import tokenizer_json
 from vlm_quant.calibration import Calibration, Pair, sample
 from vlm_runtime.image import open_image
-from vlm_runtime.prompt import Message, expand, render, user_message
+from vlm_runtime.prompt import Message, render, user_message
+from vlm_runtime.tiling import Layout, layout_of
+from vlm_runtime.tokenizer import prompt_ids
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
@@ -69,15 +71,15 @@ def examples(
     encode = _tokenizer(model)
     shown = sorted(calibration.pairs, key=lambda pair: pair.image)  # pairs of one picture follow each other
     made, rows, last = [], torch.empty(0), None
+    layouts: list[Layout] = []
     for i, pair in enumerate(shown):
         if pictures and pair.image != last:
-            rows, last = _picture_rows(model, pair), pair.image
-        asked, said = (encode(text) for text in _texts(model, pair, pictures))
-        same = next((i for i, (a, b) in enumerate(zip(asked, said, strict=False)) if a != b), len(asked))
-        ids = expand(said, model.spec.prompt, int(pictures))
-        before = len(expand(said[:same], model.spec.prompt, said[:same].count(model.spec.prompt.image_token_id)))
+            image, last = open_image(pair.image), pair.image
+            rows, layouts = picture_rows(model, image), [layout_of((image.height, image.width), model.spec)]
+        asked, ids = (prompt_ids(text, layouts, encode, model.spec.prompt) for text in _texts(model, pair, pictures))
+        before = next((i for i, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), len(asked))
         embeds = spliced(model, ids, rows) if pictures else looked_up(model, ids)
-        limit = min(model.spec.language.max_positions, model.spec.prompt.image_tokens + MAX_TEXT)
+        limit = min(model.spec.language.max_positions, sum(layout.rows for layout in layouts) + MAX_TEXT)
         made.append(Example(embeds[:limit], min(before, limit, len(ids)) - 1, tuple(ids[:limit])))
         progress("calibration", i + 1, len(shown))
     return made
@@ -131,18 +133,10 @@ class _Squares:
             self._counts[name] = self._counts.get(name, 0) + len(rows)
 
 
-def _picture_rows(model: Model, pair: Pair) -> Tensor:
-    """What the projector makes of the pair's picture, (T, H)."""
-    pixels = torch.from_numpy(pixel_values(model, open_image(pair.image)))
-    with torch.inference_mode():
-        rows: Tensor = model.projector()(model.vision_encoder()(pixels[None]))[0]
-    return rows
-
-
 def _texts(model: Model, pair: Pair, pictures: bool) -> tuple[str, str]:
     """The rendered question, and the whole conversation where there is an answer."""
     spec = model.spec.prompt
-    text = pair.prompt if pictures else pair.prompt.replace(spec.image_token, "")
+    text = pair.prompt if pictures else pair.prompt.replace(spec.picture, "")
     try:
         messages: list[Message] = [user_message(text, int(pictures), spec)]
         asked = render(messages, spec)

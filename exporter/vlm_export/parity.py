@@ -25,9 +25,10 @@ from vlm_quant.recipe import Precision, Recipe, Weights
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import Decoder, Options, find_engine
-from vlm_runtime.image import open_image, preprocess
-from vlm_runtime.prompt import Tokenizer, expand
+from vlm_runtime.image import open_image
 from vlm_runtime.splice import splice
+from vlm_runtime.tiling import image_newline, layout_of, pack, tiles_of
+from vlm_runtime.tokenizer import Tokenizer, prompt_ids
 
 Floats = npt.NDArray[np.float32]
 Limits = Mapping[str, float]
@@ -66,10 +67,16 @@ class Runner:
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, str], picture: Path, prompt: str) -> None:
         self.bundle, self.engines, self.prompt = bundle, engines, prompt
-        self.pixel_values: Floats = preprocess(open_image(picture), bundle.spec.preprocess)
+        image = open_image(picture)
+        self.layout = layout_of((image.height, image.width), bundle.spec)
+        self.pixel_values: Floats = tiles_of(image, bundle.spec, self.layout)
         self.table = EmbeddingTable(bundle)
         # An engine may round by itself, whatever the weights are: its target says so.
         self.inexact = bool(bundle.part("language_model", engines["language_model"]).details.get("inexact"))
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        return prompt_ids(self.prompt, [self.layout], Tokenizer(self.bundle).encode, self.bundle.spec.prompt)
 
     @cached_property
     def image_features(self) -> Floats:
@@ -81,8 +88,8 @@ class Runner:
 
     @cached_property
     def inputs_embeds(self) -> Floats:
-        ids = expand(Tokenizer(self.bundle).encode(self.prompt), self.bundle.spec.prompt, 1)
-        return splice(ids, [self.image_embeds], self.table)
+        rows = pack(self.image_embeds, self.bundle.spec, self.layout, image_newline(self.bundle))
+        return splice(self.prompt_ids, [rows], self.table)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -106,7 +113,7 @@ class Runner:
         return out
 
     def _encode(self, part: str, x: Floats) -> Floats:
-        rows: Floats = find_engine(self.engines[part]).encoder(self.bundle, part, Options()).run(x[None])[0]
+        rows: Floats = find_engine(self.engines[part]).encoder(self.bundle, part, Options()).run(x)
         return rows
 
 
@@ -116,6 +123,8 @@ def measure(runner: Runner, reference: Reference, recipe: Recipe, progress: Prog
     Raises CheckError when the bundle's tokenizer gives another prompt than transformers', since nothing compares then.
     """
     stages: dict[str, dict[str, Any]] = {}
+    if tuple(runner.prompt_ids) != reference.prompt_ids:
+        raise CheckError(_other_prompt(runner.prompt_ids, reference.prompt_ids))
     for done, stage in enumerate(STAGES):
         progress("parity", done, len(STAGES))
         weights = coarsest(recipe, STAGES[stage])
@@ -138,6 +147,14 @@ def measure(runner: Runner, reference: Reference, recipe: Recipe, progress: Prog
         greedy["threshold"] = len(reference.greedy)
     passed = all(not missed(s) for s in stages.values()) and equal >= greedy.get("threshold", 0)
     return {"passed": passed, "stages": stages, "greedy": greedy, "reference": reference.how}
+
+
+def _other_prompt(got: Sequence[int], want: Sequence[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
+    return (
+        f"parity failed: the bundle's prompt has {len(got)} tokens, the checkpoint's own {len(want)}, and token {at} "
+        "is the first that differs: chat template, tokenizer or the number of image tokens is another"
+    )
 
 
 @np.errstate(invalid="ignore", over="ignore")  # infinities give NaN, which is beyond every threshold

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
+from vlm_models.family import family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +34,10 @@ _PASSES = 4
 class Reference:
     """The checkpoint's own numbers for one picture and one prompt, all float32.
 
-    `prompt_ids` (S) have the image token repeated; `pixel_values` (3,s,s), `image_features` (T,F), `image_embeds`
-    (T,H), `inputs_embeds` (S,H); `logits` (N,V): row i predicts `greedy[i]` after the prompt and `greedy[:i]`.
-    End-of-text tokens do not end `greedy`. `how` says in words how it was computed.
+    `prompt_ids` (S) have the image token repeated; of N tiles, one where the picture is not cut, are `pixel_values`
+    (N,3,s,s), `image_features` (N,T,F), `image_embeds` (N,T',H); `inputs_embeds` (S,H) have the picture's rows in
+    place. `logits` (n,V): row i predicts `greedy[i]` after the prompt and `greedy[:i]`. End-of-text tokens do not end
+    `greedy`. `how` says in words how it was computed.
     """
 
     prompt: str
@@ -68,15 +70,15 @@ def compute_reference(
     import torch
 
     steps = tokens + 3
-    ids = prompt_ids(model, prompt)
-    with Image.open(picture) as image:
-        pixels = pixel_values(model, image.convert("RGB"))
+    with Image.open(picture) as opened:
+        image = opened.convert("RGB")
+    ids, pixels = prompt_ids(model, prompt, [image]), pixel_values(model, image)
     progress("reference", 1, steps)
     with torch.inference_mode():
-        features = model.vision_encoder()(torch.from_numpy(pixels)[None])
+        features = model.vision_encoder()(torch.from_numpy(pixels))
         progress("reference", 2, steps)
-        rows = model.projector()(features)[0]
-        embeds = spliced(model, ids, rows)
+        rows = model.projector()(features)
+        embeds = spliced(model, ids, packed(model, rows, (image.height, image.width)))
         progress("reference", 3, steps)
         kept = fits_in_memory(model) if keep is None else keep
         language = model.language_model(keep=kept)
@@ -97,7 +99,7 @@ def compute_reference(
         prompt=prompt,
         prompt_ids=tuple(ids),
         pixel_values=pixels,
-        image_features=features[0].numpy(),
+        image_features=features.numpy(),
         image_embeds=rows.numpy(),
         inputs_embeds=embeds.numpy(),
         logits=logits.numpy(),
@@ -106,19 +108,44 @@ def compute_reference(
     )
 
 
-def pixel_values(model: Model, picture: Image.Image) -> Floats:
-    """(3, s, s) by the checkpoint's own image processor."""
+def pixel_values(model: Model, picture: Image.Image, pictures: int = 1) -> Floats:
+    """(N, 3, s, s): the tiles of one of `pictures` pictures of a prompt, by the checkpoint's own image processor."""
     from vlm_models.processor import image_processor
 
+    own = getattr(family_of(model.checkpoint), "pixel_values", None)
+    if own is not None:
+        return np.ascontiguousarray(own(model.checkpoint, model.spec, picture, pictures), np.float32)
     pixels = image_processor(model.checkpoint)(images=picture, return_tensors="np")["pixel_values"]
-    return np.ascontiguousarray(np.asarray(pixels, np.float32)[0])
+    return np.ascontiguousarray(np.asarray(pixels, np.float32))
 
 
-def prompt_ids(model: Model, prompt: str) -> list[int]:
-    """The prompt's token ids by transformers' tokenizer, each image token repeated for every row of the picture."""
+def packed(model: Model, rows: Tensor, size: tuple[int, int], pictures: int = 1) -> Tensor:
+    """(R, H): the rows of a picture of (height, width) from its tiles' projected rows (N, T, H)."""
+    own = getattr(family_of(model.checkpoint), "packed", None)
+    if own is None:
+        return rows.flatten(0, 1)
+    result: Tensor = own(model.checkpoint, model.spec, rows, size, pictures)
+    return result
+
+
+def picture_rows(model: Model, picture: Image.Image, pictures: int = 1) -> Tensor:
+    """(R, H): what tower, projector and packing make of one of `pictures` pictures of a prompt."""
+    import torch
+
+    with torch.inference_mode():
+        pixels = torch.from_numpy(pixel_values(model, picture, pictures))
+        rows = model.projector()(model.vision_encoder()(pixels))
+        return packed(model, rows, (picture.height, picture.width), pictures)
+
+
+def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> list[int]:
+    """The prompt's token ids by transformers' tokenizer, each image token repeated for every row of its picture."""
     from transformers import AutoTokenizer
 
-    folder, spec = model.checkpoint.folder, model.spec.prompt
+    own = getattr(family_of(model.checkpoint), "prompt_ids", None)
+    if own is not None:
+        return list(own(model.checkpoint, model.spec, prompt, pictures))
+    folder, spec = model.checkpoint.files, model.spec.prompt
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
@@ -140,7 +167,7 @@ def looked_up(model: Model, ids: Sequence[int]) -> Tensor:
 
 
 def spliced(model: Model, ids: Sequence[int], rows: Tensor) -> Tensor:
-    """The prompt's embeddings (S, H) with the picture's rows (T, H) at the image tokens, as transformers does it."""
+    """The prompt's embeddings (S, H) with the pictures' rows (R, H) at the image tokens, as transformers does it."""
     import torch
 
     at = torch.tensor(ids) == model.spec.prompt.image_token_id

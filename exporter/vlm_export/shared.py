@@ -1,4 +1,4 @@
-"""What all targets of a bundle share: the embedding table and the tokenizer."""
+"""What all targets of a bundle share: the embedding table, the tokenizer, the row that ends a line of patches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_export.target import Progress
 from vlm_models.checkpoint import Checkpoint
+from vlm_models.errors import CheckpointError
 from vlm_models.processor import tokenizer_json
 from vlm_models.spec import VLMSpec
 from vlm_quant.affine import quantize_int8
@@ -16,6 +17,7 @@ from vlm_runtime.manifest import Table
 
 EMBEDDING = "embedding.bin"
 SCALES = "embedding.scales.bin"
+NEWLINE = "image_newline.bin"
 TOKENIZER = "tokenizer.json"
 _TENSOR = "language_model.embed_tokens.weight"
 _BLOCK = 64 << 20  # bytes written at a time
@@ -44,6 +46,23 @@ def write_embedding(
         return Table(EMBEDDING, cast(Any, checkpoint.dtype(_TENSOR)), rows, columns)
     (folder / SCALES).write_bytes(scales.tobytes())
     return Table(EMBEDDING, "I8", rows, columns, SCALES)
+
+
+def write_newline(checkpoint: Checkpoint, spec: VLMSpec, folder: Path) -> str | None:
+    """image_newline.bin: the row (H,) that ends a line of patches, float32; None for a model that has none.
+
+    Raises CheckpointError where the checkpoint lacks it, or has another width.
+    """
+    if spec.tiling is None or not spec.tiling.newline:
+        return None
+    row = np.ascontiguousarray(checkpoint.rows("image_newline"), "<f4")
+    if row.shape != (spec.language.hidden_size,):
+        raise CheckpointError(
+            f"{checkpoint.folder}: image_newline has shape {row.shape}, the language model takes rows of "
+            f"{spec.language.hidden_size}"
+        )
+    (folder / NEWLINE).write_bytes(row.tobytes())
+    return NEWLINE
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str:

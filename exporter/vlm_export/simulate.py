@@ -25,7 +25,7 @@ from vlm_models.language import Attention, Linear, Norm, walk
 from vlm_models.model import Model
 from vlm_models.spec import LanguageSpec
 from vlm_models.torch_language import TorchLanguage
-from vlm_models.vision import Projector, VisionEncoder
+from vlm_models.vision import Encoder
 from vlm_quant.affine import (
     dequantize_int4,
     dequantize_int8,
@@ -96,11 +96,11 @@ class Simulated(Model):
         self.recipe, self.activations = recipe, activations
 
     @functools.cached_property
-    def _vision_encoder(self) -> VisionEncoder:
+    def _vision_encoder(self) -> Encoder:
         return self._hooked(super()._vision_encoder, self.recipe.vision)
 
     @functools.cached_property
-    def _projector(self) -> Projector:
+    def _projector(self) -> nn.Module:
         return self._hooked(super()._projector, self.recipe.projector)
 
     def language_model(self, *, keep: bool = True) -> TorchLanguage:

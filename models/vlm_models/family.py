@@ -1,4 +1,13 @@
-"""Families found by file name: `families/<model_type>.py`, the model_type that config.json names."""
+"""Families found by file name: `families/<model_type>.py`, the model_type that config.json names.
+
+A family of whole checkpoints offers `spec(checkpoint) → VLMSpec` and, where it is not as LLaVA 1.5 does it:
+
+* `vision_encoder(checkpoint, spec)`, `projector(checkpoint, spec)`: modules on the meta device (`vlm_models.vision`);
+* what the reference of `vlm_export.reference` takes from transformers, so that the runtime's own way is checked by it:
+  `pixel_values(checkpoint, spec, picture, pictures)`: tiles (N, 3, s, s) of one of several pictures;
+  `packed(checkpoint, spec, rows, size, pictures)`: projected rows (N, T, H) of a picture of (height, width) → (R, H);
+  `prompt_ids(checkpoint, spec, prompt, pictures)`: token ids, image tokens repeated, for a list of Pillow images.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +35,12 @@ def find(model_type: object, role: str, what: str) -> ModuleType:
     return importlib.import_module(f"{families.__name__}.{model_type}")
 
 
+def family_of(checkpoint: Checkpoint) -> ModuleType:
+    """The module of the checkpoint's family. Raises CheckpointError where it is of none that is supported."""
+    return find(checkpoint.config.get("model_type"), "spec", f"{checkpoint.folder}: model_type")
+
+
 def read_spec(checkpoint: Checkpoint) -> VLMSpec:
     """The checkpoint's VLMSpec. Raises CheckpointError where it is of no supported family or contradicts itself."""
-    family = find(checkpoint.config.get("model_type"), "spec", f"{checkpoint.folder}: model_type")
-    spec: VLMSpec = family.spec(checkpoint)
+    spec: VLMSpec = family_of(checkpoint).spec(checkpoint)
     return spec

@@ -7,15 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_models.checkpoint import Checkpoint, open_checkpoint
+from vlm_models.checkpoint import NO_SOURCES, Checkpoint, Sources, open_checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.family import read_spec
 from vlm_models.language import Attention, Linear, Norm, Rows, walk
 from vlm_models.spec import VLMSpec
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlm_models.torch_language import TorchLanguage
-    from vlm_models.vision import Projector, VisionEncoder
+    from vlm_models.vision import Encoder
 
 
 class Model:
@@ -25,22 +27,22 @@ class Model:
         self.checkpoint, self.spec = checkpoint, spec
 
     @cached_property
-    def _vision_encoder(self) -> VisionEncoder:
+    def _vision_encoder(self) -> Encoder:
         from vlm_models.vision import load_vision_encoder
 
         return load_vision_encoder(self.checkpoint, self.spec)
 
     @cached_property
-    def _projector(self) -> Projector:
+    def _projector(self) -> nn.Module:
         from vlm_models.vision import load_projector
 
         return load_projector(self.checkpoint, self.spec)
 
-    def vision_encoder(self) -> VisionEncoder:
+    def vision_encoder(self) -> Encoder:
         """pixel_values (N, 3, s, s) → image_features (N, T, F)."""
         return self._vision_encoder
 
-    def projector(self) -> Projector:
+    def projector(self) -> nn.Module:
         """image_features (N, T, F) → image_embeds (N, T, H)."""
         return self._projector
 
@@ -51,9 +53,9 @@ class Model:
         return TorchLanguage(self.checkpoint, self.spec.language, keep=keep)
 
 
-def load_model(path_or_hub_id: str | Path) -> Model:
+def load_model(path_or_hub_id: str | Path, sources: Sources = NO_SOURCES) -> Model:
     """Open a checkpoint, read its spec and check that every tensor is there with the right shape."""
-    checkpoint = open_checkpoint(path_or_hub_id)
+    checkpoint = open_checkpoint(path_or_hub_id, sources)
     spec = read_spec(checkpoint)
     check_tensors(checkpoint, spec)
     return Model(checkpoint, spec)

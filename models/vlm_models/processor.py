@@ -20,7 +20,7 @@ def image_processor(checkpoint: Checkpoint) -> Any:
     from transformers import AutoImageProcessor
 
     auto: Any = AutoImageProcessor
-    folder = checkpoint.folder
+    folder = checkpoint.files
     if not any((folder / name).is_file() for name in _PROCESSORS):
         raise CheckpointError(f"{folder} has no {_PROCESSORS[0]}: save the processor beside the model")
     try:
@@ -73,7 +73,7 @@ def prompt_spec(checkpoint: Checkpoint, config: Any, image_tokens: int) -> Promp
 
 def tokenizer_json(checkpoint: Checkpoint) -> str:
     """The checkpoint's tokenizer in the format of the tokenizers library, converted where it has only an older form."""
-    return _tokenizer_json(checkpoint.folder)
+    return _tokenizer_json(checkpoint.files)
 
 
 @lru_cache(maxsize=4)
@@ -93,7 +93,7 @@ def _tokenizer_json(folder: Path) -> str:
 
 def read_tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """tokenizer_config.json, or {} where there is none."""
-    path = checkpoint.folder / "tokenizer_config.json"
+    path = checkpoint.files / "tokenizer_config.json"
     return read_json(path, "") if path.is_file() else {}
 
 
@@ -119,7 +119,7 @@ def _image_token(checkpoint: Checkpoint, image_token_id: int) -> str:
 
 
 def _eos_ids(checkpoint: Checkpoint, config: Any) -> tuple[int, ...]:
-    path = checkpoint.folder / "generation_config.json"
+    path = checkpoint.files / "generation_config.json"
     found = read_json(path, "").get("eos_token_id") if path.is_file() else None
     if found is None:
         found = getattr(config, "eos_token_id", None)
@@ -131,7 +131,7 @@ def _eos_ids(checkpoint: Checkpoint, config: Any) -> tuple[int, ...]:
 
 def _chat_template(checkpoint: Checkpoint, tokens: Mapping[str, Any]) -> str | None:
     """From the places transformers has kept it, newest first."""
-    folder = checkpoint.folder
+    folder = checkpoint.files
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
     for name in ("chat_template.json", "processor_config.json"):

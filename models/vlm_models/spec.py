@@ -14,7 +14,7 @@ from vlm_models.plain import from_plain, to_plain
 class VisionSpec:
     """The vision tower and what LLaVA takes from it.
 
-    One square picture of `image_size` pixels gives `image_tokens` rows of `feature_size` numbers: the hidden states
+    One square tile of `image_size` pixels gives `image_tokens` rows of `feature_size` numbers: the hidden states
     of `feature_layers` (indices into hidden_states as transformers counts them, 0 = embeddings, negative from the
     end) concatenated; `select_strategy` "default" drops the first row (the class token), "full" keeps all.
     """
@@ -36,13 +36,19 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class ProjectorSpec:
-    """Two linear layers with an activation between: (rows, in_features) → (rows, out_features)."""
+    """(rows, in_features) → (rows, out_features); `kind` "mlp" is two linear layers with an activation between.
+
+    Other kinds are those of `vlm_models.projectors` or of the family itself. `out_tokens` is how many rows come out for
+    one tile where a projector gives fewer than it takes.
+    """
 
     in_features: int
     hidden_size: int
     out_features: int
     activation: str
     bias: bool
+    kind: str = "mlp"
+    out_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,36 @@ class PreprocessSpec:
 
 
 @dataclass(frozen=True)
+class TilingSpec:
+    """How one picture becomes several tiles of the tower's size, and their projected rows one sequence.
+
+    `rule` names the module of `vlm_runtime.tilings` that does it: "anyres" (LLaVA-NeXT and OneVision: the best of
+    `resolutions`, (height, width) in pixels, with `max_grid` tiles' worth of rows at most where that is not 0), "ratio"
+    (InternVL: the grid of `min_tiles` to `max_tiles` whose aspect ratio is closest), "split" (Idefics3: tiles of a
+    picture whose longer edge is `longest_edge`). `overview` says where the whole picture stands among the tiles,
+    `newline` whether the checkpoint has a row that ends each line of patches, `single` that only a picture which is
+    alone in its prompt is cut into tiles.
+    """
+
+    rule: Literal["anyres", "ratio", "split"]
+    resolutions: tuple[tuple[int, int], ...] = ()
+    min_tiles: int = 1
+    max_tiles: int = 1
+    longest_edge: int = 0
+    max_grid: int = 0
+    overview: Literal["none", "first", "last"] = "first"
+    newline: bool = False
+    single: bool = False
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """How a conversation becomes token ids. `chat_template` is Jinja2, or None where the checkpoint has none.
 
-    `bos_token`/`eos_token` are texts for the template; `eos_token_ids` end an answer; `image_token` stands for one
-    picture in the prompt and is repeated `image_tokens` times there.
+    `bos_token`/`eos_token` are texts for the template; `eos_token_ids` end an answer. A template writes `placeholder`
+    (by default `image_token`) for one picture; `image_token` is what each of its rows has in the prompt, of which
+    there are `image_tokens`, or at least so many where the picture's shape decides (`VLMSpec.tiling`). With `chunked`
+    the text around placeholders is tokenized piece by piece, BOS before the first alone (original LLaVA).
     """
 
     image_token: str
@@ -132,13 +163,21 @@ class PromptSpec:
     bos_token: str | None = None
     eos_token: str | None = None
     chat_template: str | None = None
+    placeholder: str | None = None
+    chunked: bool = False
+
+    @property
+    def picture(self) -> str:
+        """What stands for one picture in a rendered conversation."""
+        return self.placeholder or self.image_token
 
 
 @dataclass(frozen=True)
 class VLMSpec:
     """A checkpoint's facts: family (the model_type of config.json), its three parts, preprocessing and prompt.
 
-    `fingerprint` names the checkpoint: SHA-256 over its config and samples of every tensor.
+    `fingerprint` names the checkpoint: SHA-256 over its config and samples of every tensor. Without `tiling` a picture
+    is one tile.
     """
 
     family: str
@@ -149,6 +188,12 @@ class VLMSpec:
     language: LanguageSpec
     preprocess: PreprocessSpec
     prompt: PromptSpec
+    tiling: TilingSpec | None = None
+
+    @property
+    def tile_tokens(self) -> int:
+        """Rows that the projector gives for one tile."""
+        return self.projector.out_tokens or self.vision.image_tokens
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, as they stand in manifest.json."""

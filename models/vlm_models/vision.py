@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
+from vlm_models.family import family_of
 from vlm_models.spec import VLMSpec
 from vlm_models.torch_language import ACTIVATIONS, as_float32
+from vlm_models.vlm_config import read_config
 
 
-class VisionEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What a family's vision encoder is: `tower` holds the weights of "vision_tower.…"."""
+
+    tower: nn.Module
+
+
+class VisionEncoder(Encoder):
     """pixel_values (N, 3, s, s) → image_features (N, image_tokens, feature_size), as LLaVA selects them."""
 
     def __init__(self, tower: nn.Module, spec: VLMSpec) -> None:
@@ -41,25 +49,26 @@ class Projector(nn.Module):
         return torch.as_tensor(self.linear_2(ACTIVATIONS[self.activation](self.linear_1(image_features))))
 
 
-def load_vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> VisionEncoder:
+def load_vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
     """The tower with the checkpoint's weights, float32, eval."""
-    encoder = VisionEncoder(_tower(checkpoint), spec)
+    encoder = _encoder(checkpoint, spec)
     _fill(encoder.tower, checkpoint, "vision_tower.")
     return encoder.eval()
 
 
-def load_projector(checkpoint: Checkpoint, spec: VLMSpec) -> Projector:
+def load_projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:
     """The projector with the checkpoint's weights, float32, eval."""
-    with torch.device("meta"):
-        projector = Projector(spec)
+    projector = _projector(checkpoint, spec)
     _fill(projector, checkpoint, "multi_modal_projector.")
     return projector.eval()
 
 
 def required(checkpoint: Checkpoint, spec: VLMSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes that tower and projector need of the checkpoint."""
-    with torch.device("meta"):
-        parts = {"vision_tower.": _tower(checkpoint), "multi_modal_projector.": Projector(spec)}
+    parts = {
+        "vision_tower.": _encoder(checkpoint, spec).tower,
+        "multi_modal_projector.": _projector(checkpoint, spec),
+    }
     return {
         prefix + name: tuple(tensor.shape)
         for prefix, module in parts.items()
@@ -68,15 +77,29 @@ def required(checkpoint: Checkpoint, spec: VLMSpec) -> dict[str, tuple[int, ...]
     }
 
 
-def _tower(checkpoint: Checkpoint) -> nn.Module:
-    """transformers' module on the meta device; its config class decides which."""
-    from transformers import AutoModel, LlavaConfig
-
-    config = LlavaConfig.from_dict(dict(checkpoint.config)).vision_config
-    auto: Any = AutoModel
+def _encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
+    """On the meta device: the family's own, or LLaVA's selection of a transformers tower's hidden states."""
     with torch.device("meta"):
-        tower: nn.Module = auto.from_config(config, attn_implementation="sdpa")
-    return tower
+        own = getattr(family_of(checkpoint), "vision_encoder", None)
+        encoder: Encoder = VisionEncoder(tower(checkpoint), spec) if own is None else own(checkpoint, spec)
+    return encoder
+
+
+def _projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:
+    """On the meta device: the family's own, or the one of its kind."""
+    with torch.device("meta"):
+        own = getattr(family_of(checkpoint), "projector", None)
+        projector: nn.Module = Projector(spec) if own is None else own(checkpoint, spec)
+    return projector
+
+
+def tower(checkpoint: Checkpoint) -> nn.Module:
+    """transformers' module for vision_config, on the device that is set; its config class decides which."""
+    from transformers import AutoModel
+
+    auto: Any = AutoModel
+    made: nn.Module = auto.from_config(read_config(checkpoint).vision_config, attn_implementation="sdpa")
+    return made
 
 
 def _unused(name: str) -> bool:

@@ -15,6 +15,7 @@ from vlm_runtime.engine import Decoder, Floats
 from vlm_runtime.sampling import Sampler, Sampling
 from vlm_runtime.splice import splice
 from vlm_runtime.text import Decodes, TextStream
+from vlm_runtime.tiling import Layout
 
 Key = int | bytes
 
@@ -53,9 +54,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Picture:
-    """A preprocessed picture: pixel values (3, s, s) and what tells it from others."""
+    """A preprocessed picture: pixel values (tiles, 3, s, s), their layout, and what tells it from others."""
 
     pixels: Floats
+    layout: Layout
     digest: bytes
 
 
@@ -196,7 +198,7 @@ def _prefill(speaker: Speaker, request: Request) -> Floats:
     known = sum(isinstance(key, bytes) for key in request.keys[:kept])
     rows, end = [], 0
     for picture in request.pictures:
-        end += request.image_tokens // len(request.pictures)
+        end += picture.layout.rows
         if end > known:
             rows.append(speaker.picture_rows(picture, times)[known - end :])
     start = time.perf_counter()

@@ -66,7 +66,8 @@ class Manifest:
     """Everything known about a bundle. Paths are relative to its folder, with `/`; each one is a key of `files`.
 
     `parts[part][engine]` says how an engine runs a part; `recipes[target]` and `parity[target]` are what it was built
-    with and how far it is from the checkpoint.
+    with and how far it is from the checkpoint. `image_newline` is a file of one row of the language model's width, in
+    float32: what ends a line of patches of a picture in tiles.
     """
 
     format: Literal["vlm-bundle"]
@@ -82,6 +83,7 @@ class Manifest:
     parity: Mapping[str, Any]
     golden: str | None
     tools: Mapping[str, str]
+    image_newline: str | None = None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -112,8 +114,9 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
         raise BundleError(f"cannot write {NAME}: {_short(problem)}")
     data = to_plain(manifest)
     data["parity"] = _finite(data["parity"])
-    if data["embedding"]["scales"] is None:  # runtimes that know no integers read the others all the same
-        del data["embedding"]["scales"]
+    for where, key in ((data["embedding"], "scales"), (data, "image_newline")):
+        if where[key] is None:  # runtimes that do not know it read the bundle all the same
+            del where[key]
     path = Path(folder) / NAME
     partial = path.with_name(f".{NAME}.partial")
     with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -185,8 +188,9 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.embedding.scales is not None:
         yield "embedding", manifest.embedding.scales
     yield "tokenizer", manifest.tokenizer
-    if manifest.golden is not None:
-        yield "golden", manifest.golden
+    for use, name in (("golden", manifest.golden), ("image_newline", manifest.image_newline)):
+        if name is not None:
+            yield use, name
     for name, engines in manifest.parts.items():
         for engine, part in engines.items():
             for file in (part.graph, *part.files):
@@ -222,6 +226,11 @@ def _table_problems(manifest: Manifest) -> Iterator[str]:
             f"{table.file} has {entry.bytes} bytes, but {table.rows} × {table.columns} numbers of {table.dtype} "
             f"are {size} bytes"
         )
+    tiling, newline = manifest.spec.tiling, manifest.files.get(manifest.image_newline or "")
+    if (tiling is not None and tiling.newline) != (manifest.image_newline is not None):
+        yield "spec.tiling.newline and image_newline do not agree: a model has the row and its file, or neither"
+    if newline is not None and newline.bytes != 4 * language.hidden_size:
+        yield f"image_newline has {newline.bytes} bytes, a row of {language.hidden_size} float32 has other"
     if manifest.max_context < 1:
         yield f"max_context is {manifest.max_context}; it must be positive"
 
@@ -242,8 +251,8 @@ def _spec_problems(spec: VLMSpec) -> Iterator[str]:
         yield f"the projector gives rows of {projector.out_features}, the language model takes {language.hidden_size}"
     if projector.in_features != width:
         yield f"the vision encoder gives rows of {width}, the projector takes {projector.in_features}"
-    if prompt.image_tokens != spec.vision.image_tokens:
-        yield f"prompt has {prompt.image_tokens} tokens a picture, the vision encoder {spec.vision.image_tokens}"
+    if spec.tiling is None and prompt.image_tokens != spec.tile_tokens:
+        yield f"prompt has {prompt.image_tokens} tokens a picture, the projector gives {spec.tile_tokens}"
     if len(language.windows) != language.layers:
         yield f"the language model has {language.layers} layers, but windows of {len(language.windows)}"
     if not prompt.image_token or prompt.image_token_id < 0:

@@ -1,4 +1,4 @@
-"""From a conversation to token ids: the checkpoint's chat template in a sandbox, its tokenizer, the image tokens."""
+"""From a conversation to its text: the checkpoint's chat template, in a sandbox."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from vlm_models.errors import BundleError, PromptError
+from vlm_models.errors import PromptError
 from vlm_models.spec import PromptSpec
-from vlm_runtime.bundle import Bundle
+from vlm_runtime.tokenizer import check_count
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,57 +22,16 @@ MAX_RENDERED = 4_000_000  # characters of one rendered conversation
 _DUMPED = "'type':"  # a list of parts written out as Python shows it, by a template that takes text only
 
 
-class Tokenizer:
-    """The checkpoint's tokenizer, equal to transformers' own on the same text."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        """Read the tokenizer of `bundle`. Raises BundleError when it cannot, or does not know the image token."""
-        import tokenizers
-
-        path, prompt = bundle.path(bundle.manifest.tokenizer), bundle.spec.prompt
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{path} is not a tokenizer ({_line(error)}): export again") from None
-        known = self._tokenizer.token_to_id(prompt.image_token)
-        if known != prompt.image_token_id:
-            raise BundleError(
-                f"{path} gives {prompt.image_token!r} the id {known}, the model takes {prompt.image_token_id}: "
-                "tokenizer and model do not belong together"
-            )
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if known not in self._tokenizer.get_added_tokens_decoder():  # else it would be cut into pieces
-            self._tokenizer.add_special_tokens([tokenizers.AddedToken(prompt.image_token, normalized=False)])
-        self._bos = prompt.bos_token
-
-    def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids of `text`, with the special tokens of the tokenizer unless the text starts with BOS itself.
-
-        That is what transformers does with a rendered conversation. Raises PromptError for text that is not Unicode.
-        """
-        if add_special_tokens is None:
-            add_special_tokens = not (self._bos and text.startswith(self._bos))
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # a lone surrogate: UnicodeEncodeError or TypeError, by version
-            raise PromptError(f"the prompt cannot be tokenized ({_line(error)}): is it valid UTF-8?") from None
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; U+FFFD stands for bytes that are not (yet) a character."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-
-
 def user_message(text: str, images: int, prompt: PromptSpec) -> dict[str, Any]:
-    """A user's turn with `images` pictures: where `text` holds the image token, else before the text.
+    """A user's turn with `images` pictures: where `text` holds `prompt.picture`, else before the text.
 
     Raises PromptError when the text holds it more or less often than there are pictures.
     """
-    pieces = text.split(prompt.image_token)
+    pieces = text.split(prompt.picture)
     if len(pieces) == 1:
         text_parts = [{"type": "text", "text": text}] if text or not images else []
         return {"role": "user", "content": [{"type": "image"}] * images + text_parts}
-    _check_count(len(pieces) - 1, images, prompt)
+    check_count(len(pieces) - 1, images, prompt)
     parts: list[dict[str, str]] = []
     leading = True  # the space around pictures that come before any text is the template's to write
     for i, piece in enumerate(pieces):
@@ -98,19 +55,7 @@ def render(messages: Sequence[Message], prompt: PromptSpec, *, add_generation_pr
     if prompt.chat_template is None:
         return _llava(messages, prompt, add_generation_prompt)
     form = _form(prompt)
-    return _run([form.fit(m, prompt.image_token) for m in messages], prompt, add_generation_prompt)
-
-
-def expand(ids: Sequence[int], prompt: PromptSpec, images: int) -> list[int]:
-    """`ids` with each image token repeated `prompt.image_tokens` times.
-
-    Raises PromptError when there are more or fewer image tokens than `images`.
-    """
-    index = np.asarray(ids, dtype=np.int64).reshape(-1)
-    is_image = index == prompt.image_token_id
-    _check_count(int(np.count_nonzero(is_image)), images, prompt)
-    expanded: list[int] = np.repeat(index, np.where(is_image, prompt.image_tokens, 1)).tolist()
-    return expanded
+    return _run([form.fit(m, prompt.picture) for m in messages], prompt, add_generation_prompt)
 
 
 @dataclass(frozen=True)
@@ -135,7 +80,7 @@ class _Form:
 @functools.lru_cache(maxsize=16)
 def _form(prompt: PromptSpec) -> _Form:
     """Find out by trying what the template of `prompt` does with text, image, text in one message."""
-    before, after, token = "vlmbefore", "vlmafter", prompt.image_token
+    before, after, token = "vlmbefore", "vlmafter", prompt.picture
     text, image, last = {"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}
     lists, images = set(), "as text"
     for parts in ([text, image, last], [image, last]):
@@ -225,7 +170,7 @@ def _llava(messages: Sequence[Message], prompt: PromptSpec, add_generation_promp
     out = []
     for message in messages:
         content = message["content"]
-        text = content if isinstance(content, str) else _flat(content, prompt.image_token)
+        text = content if isinstance(content, str) else _flat(content, prompt.picture)
         match message["role"]:
             case "system":
                 out.append(f"{text} ")
@@ -246,14 +191,6 @@ def _flat(parts: Iterable[Mapping[str, str]], image_token: str) -> str:
         leading = leading and part["type"] == "image"
         out += part["text"] if part["type"] == "text" else image_token + ("\n" if leading else "")
     return out
-
-
-def _check_count(tokens: int, images: int, prompt: PromptSpec) -> None:
-    if tokens != images:
-        raise PromptError(
-            f"the prompt has {tokens} {prompt.image_token}, but {images} image{'' if images == 1 else 's'} "
-            f"{'was' if images == 1 else 'were'} given: write {prompt.image_token} once for each image"
-        )
 
 
 def _check_message(message: Message) -> None:

@@ -16,8 +16,10 @@ from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
 from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import Decoder, Floats, KVCache, Options, choose_engines, find_engine
-from vlm_runtime.image import open_image, preprocess
-from vlm_runtime.prompt import Tokenizer, expand, render, user_message
+from vlm_runtime.image import open_image
+from vlm_runtime.prompt import render, user_message
+from vlm_runtime.tiling import image_newline, layout_of, pack, tiles_of
+from vlm_runtime.tokenizer import Tokenizer, check_count, prompt_ids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,6 +79,7 @@ class VLM:
         self.projector = find_engine(engines["projector"]).encoder(bundle, "projector", options)
         decoder = find_engine(engines["language_model"]).decoder(bundle, options)
         self.max_context = decoder.max_context
+        self._newline = image_newline(bundle)
         self._rows: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pictures, by digest
         self._speaker = Speaker(
             context=Context(decoder),
@@ -133,10 +136,12 @@ class VLM:
         """The projected rows (T, H) of one picture; those of the last few pictures are kept."""
         return self._picture_rows(self.picture(image), {"vision": 0.0, "projector": 0.0})
 
-    def picture(self, image: Source) -> Picture:
-        """One picture, opened and preprocessed. Raises ImageError."""
-        pixels = preprocess(open_image(image), self.spec.preprocess)
-        return Picture(pixels, hashlib.sha256(pixels.tobytes()).digest())
+    def picture(self, image: Source, pictures: int = 1) -> Picture:
+        """One of the `pictures` pictures of a prompt, opened and preprocessed. Raises ImageError."""
+        opened = open_image(image)
+        layout = layout_of((opened.height, opened.width), self.spec, pictures)
+        pixels = tiles_of(opened, self.spec, layout)
+        return Picture(pixels, layout, hashlib.sha256(repr(layout).encode() + pixels.tobytes()).digest())
 
     def request(
         self,
@@ -150,9 +155,13 @@ class VLM:
     ) -> Request:
         """Check a rendered prompt about known `pictures` and then `images`. Raises what `generate` does."""
         sampling, stop, max_new_tokens = split_settings(settings)
-        ids = expand(self.tokenizer.encode(text), self.spec.prompt, len(pictures) + len(images))
-        per_picture, image_id = self.spec.prompt.image_tokens, self.spec.prompt.image_token_id
-        image_tokens = (len(pictures) + len(images)) * per_picture
+        spec, count = self.spec.prompt, len(pictures) + len(images)
+        check_count(text.count(spec.picture), count, spec)
+        start = time.perf_counter()
+        pictures = (*pictures, *(self.picture(image, count) for image in images))
+        times = {"load": self.load_ms, "preprocess": milliseconds(start) if images else 0.0}
+        ids = prompt_ids(text, [picture.layout for picture in pictures], self.tokenizer.encode, spec)
+        image_tokens = sum(picture.layout.rows for picture in pictures)
         if len(ids) >= self.max_context:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens) and the bundle's context is "
@@ -160,13 +169,10 @@ class VLM:
             )
         if not ids:
             raise PromptError("the prompt is empty: write a question")
-        start = time.perf_counter()
-        pictures = (*pictures, *map(self.picture, images))
-        times = {"load": self.load_ms, "preprocess": milliseconds(start) if images else 0.0}
-        digests = (picture.digest for picture in pictures for _ in range(per_picture))
+        digests = (picture.digest for picture in pictures for _ in range(picture.layout.rows))
         return Request(
             ids=tuple(ids),
-            keys=tuple(next(digests) if token == image_id else token for token in ids),
+            keys=tuple(next(digests) if token == spec.image_token_id else token for token in ids),
             pictures=pictures,
             image_tokens=image_tokens,
             sampling=sampling,
@@ -199,10 +205,10 @@ class VLM:
             self._rows.move_to_end(picture.digest)
             return self._rows[picture.digest]
         start = time.perf_counter()
-        features = self.vision_encoder.run(picture.pixels[None])
+        features = self.vision_encoder.run(picture.pixels)
         times["vision"] += milliseconds(start)
         start = time.perf_counter()
-        rows: Floats = self.projector.run(features)[0]
+        rows = pack(self.projector.run(features), self.spec, picture.layout, self._newline)
         times["projector"] += milliseconds(start)
         self._rows[picture.digest] = rows
         if len(self._rows) > _PICTURES_KEPT:

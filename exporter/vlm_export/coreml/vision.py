@@ -120,9 +120,9 @@ def _samples(
     """What the part is given for pictures of the pairs, each picture once."""
     pictures = sorted({pair.image for pair in sample(calibration, PICTURES).pairs})
     for i, picture in enumerate(pictures):
-        values = pixel_values(model, open_image(picture))[None]
+        values = pixel_values(model, open_image(picture))
         if part == "projector":
             with torch.inference_mode():
                 values = model.vision_encoder()(torch.from_numpy(values)).numpy()
-        yield {names(part)[0]: values}
+        yield from ({names(part)[0]: tile[None]} for tile in values)
         progress("calibration", i + 1, len(pictures))

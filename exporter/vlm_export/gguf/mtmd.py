@@ -105,7 +105,7 @@ def measure_mmproj(
     """
     scale = np.float32(embed_scale(spec.language))
     tower = Mtmd(mmproj, language_gguf, threads=threads)
-    pictures = {"prepared": bitmap(reference.pixel_values, spec.preprocess)}
+    pictures = {"prepared": bitmap(reference.pixel_values[0], spec.preprocess)}
     pictures["as_it_is"] = np.asarray(open_image(picture), np.uint8)
     width = spec.projector.out_features
     rows = {name: tower.rows(pixels, width) * scale for name, pixels in pictures.items()}
@@ -120,12 +120,13 @@ def measure_mmproj(
         flash_attention=False,
         embed_scale=float(scale),
     )
-    found: dict[str, Any] = {"exact": {"logits": _logits(decoder, reference, reference.image_embeds, spec)}}
+    exact = reference.image_embeds[0]
+    found: dict[str, Any] = {"exact": {"logits": _logits(decoder, reference, exact, spec)}}
     for name, given in rows.items():
-        same = given.shape == reference.image_embeds.shape
+        same = given.shape == exact.shape
         found[name] = {
             "rows": len(given),
-            "image_embeds": distance(reference.image_embeds, given) if same else None,
+            "image_embeds": distance(exact, given) if same else None,
             "logits": _logits(decoder, reference, given, spec),
         }
     return {**found, "note": note(found, spec)}

@@ -2,105 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-from vlm_models import family
+from vlm_models import vlm_config
 from vlm_models.checkpoint import Checkpoint
-from vlm_models.errors import CheckpointError
-from vlm_models.language_config import ACTIVATIONS
 from vlm_models.processor import preprocess_spec, prompt_spec
-from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec, VLMSpec
+from vlm_models.spec import VLMSpec
 
 
 def spec(checkpoint: Checkpoint) -> VLMSpec:
-    """Read config.json through transformers' own config classes, which fill in what old versions left out."""
-    raw = checkpoint.config
-    for part, role in (("text_config", "language"), ("vision_config", "positions")):
-        if not isinstance(raw.get(part), dict):
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'} has no {part}")
-        default = {"language": "llama", "positions": "clip_vision_model"}[role]
-        family.find(raw[part].get("model_type", default), role, f"{checkpoint.folder}: {part}.model_type")
-    config = _config(checkpoint)
-    vision = _vision(checkpoint, config)
-    language = _language(checkpoint, config)
-    projector = ProjectorSpec(
-        in_features=vision.feature_size,
-        hidden_size=language.hidden_size,
-        out_features=language.hidden_size,
-        activation=_activation(checkpoint, config.projector_hidden_act),
-        bias=bool(config.multimodal_projector_bias),
-    )
+    """VLMSpec of config.json, image processor and tokenizer."""
+    config = vlm_config.read_config(checkpoint)
+    vision, language = vlm_config.vision(checkpoint, config), vlm_config.language(checkpoint, config)
     return VLMSpec(
         family="llava",
         name=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         vision=vision,
-        projector=projector,
+        projector=vlm_config.mlp(checkpoint, config, vision, language),
         language=language,
         preprocess=preprocess_spec(checkpoint, vision.image_size),
         prompt=prompt_spec(checkpoint, config, vision.image_tokens),
     )
-
-
-def _config(checkpoint: Checkpoint) -> Any:
-    from transformers import LlavaConfig
-
-    try:
-        return LlavaConfig.from_dict(dict(checkpoint.config))
-    except Exception as error:  # whatever a config class raises on values it does not take
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'} is not a valid LLaVA config: {reason}") from error
-
-
-def _vision(checkpoint: Checkpoint, config: Any) -> VisionSpec:
-    v, layer = config.vision_config, config.vision_feature_layer
-    layers = tuple(int(n) for n in ((layer,) if isinstance(layer, int) else layer))
-    states = int(v.num_hidden_layers) + 1
-    if not layers or not all(-states <= n < states for n in layers):
-        raise CheckpointError(
-            f"{checkpoint.folder}: vision_feature_layer {layer} is outside the tower's {states} hidden states"
-        )
-    if v.image_size % v.patch_size or v.image_size < v.patch_size:
-        raise CheckpointError(f"{checkpoint.folder}: image_size {v.image_size} is not a multiple of {v.patch_size}")
-    rows: int = family.find(v.model_type, "positions", "vision tower").positions(v)
-    strategy = config.vision_feature_select_strategy
-    return VisionSpec(
-        model_type=v.model_type,
-        image_size=int(v.image_size),
-        patch_size=int(v.patch_size),
-        hidden_size=int(v.hidden_size),
-        layers=int(v.num_hidden_layers),
-        feature_layers=layers,
-        select_strategy=strategy,
-        image_tokens=rows - (strategy == "default"),
-    )
-
-
-def _language(checkpoint: Checkpoint, config: Any) -> LanguageSpec:
-    text = config.text_config
-    # The outer flag and the text config's both tie, unless the file holds a head that differs from the table.
-    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings) and _tied(checkpoint)
-    out: LanguageSpec = family.find(text.model_type, "language", "language model").language(text)
-    # LlavaForConditionalGeneration reads its own head and leaves out Gemma 2's final softcap; so was it trained.
-    return dataclasses.replace(out, logit_softcap=0.0)
-
-
-def _tied(checkpoint: Checkpoint) -> bool:
-    head, table = "lm_head.weight", "language_model.embed_tokens.weight"
-    if head not in checkpoint:
-        return True
-    same = checkpoint.shape(head) == checkpoint.shape(table) and checkpoint.dtype(head) == checkpoint.dtype(table)
-    step = 4096
-    return same and all(
-        checkpoint.rows(head, n, n + step).tobytes() == checkpoint.rows(table, n, n + step).tobytes()
-        for n in range(0, checkpoint.shape(head)[0], step)
-    )
-
-
-def _activation(checkpoint: Checkpoint, name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{checkpoint.folder}: projector_hidden_act {name!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
-    return name

@@ -1,0 +1,1 @@
+"""Layouts of checkpoint folders, one file each: what config.json and weights look like on disk."""
