@@ -132,7 +132,8 @@ class TilingSpec:
     (InternVL: the grid of `min_tiles` to `max_tiles` whose aspect ratio is closest), "split" (Idefics3: tiles of a
     picture whose longer edge is `longest_edge`). `overview` says where the whole picture stands among the tiles,
     `newline` whether the checkpoint has a row that ends each line of patches, `single` that only a picture which is
-    alone in its prompt is cut into tiles.
+    alone in its prompt is cut into tiles. `before` and `after` are the texts around the rows of a picture ("split":
+    `before` comes before every tile), `tag` the one that marks those of the overview.
     """
 
     rule: Literal["anyres", "ratio", "split"]
@@ -144,6 +145,9 @@ class TilingSpec:
     overview: Literal["none", "first", "last"] = "first"
     newline: bool = False
     single: bool = False
+    before: str = ""
+    after: str = ""
+    tag: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from vlm_models import family
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language_config import ACTIVATIONS
+from vlm_models.projectors import projector_spec
 from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec
 
 
-def read_config(checkpoint: Checkpoint) -> Any:
+def read_config(checkpoint: Checkpoint, text: str = "llama", tower: str = "clip_vision_model") -> Any:
     """config.json through transformers' own config class, which fills in what old versions left out.
 
-    Raises CheckpointError where a part is missing, of no supported family, or of values that the class refuses.
+    `text` and `tower` are the model types of parts that do not name theirs. Raises CheckpointError where a part is
+    missing, of no supported family, or of values that the class refuses.
     """
     from transformers import CONFIG_MAPPING
 
@@ -23,7 +25,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     for part, role in (("text_config", "language"), ("vision_config", "positions")):
         if not isinstance(raw.get(part), dict):
             raise CheckpointError(f"{checkpoint.folder / 'config.json'} has no {part}")
-        default = {"language": "llama", "positions": "clip_vision_model"}[role]
+        default = {"language": text, "positions": tower}[role]
         family.find(raw[part].get("model_type", default), role, f"{checkpoint.folder}: {part}.model_type")
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
@@ -79,8 +81,13 @@ def _tied(checkpoint: Checkpoint) -> bool:
     )
 
 
-def mlp(checkpoint: Checkpoint, config: Any, vision: VisionSpec, language: LanguageSpec) -> ProjectorSpec:
-    """LLaVA's projector of two linear layers. Raises CheckpointError for an activation that is not known."""
+def projector(checkpoint: Checkpoint, config: Any, vision: VisionSpec, language: LanguageSpec) -> ProjectorSpec:
+    """The projector that `mm_projector_type` names, where the layout has it, else LLaVA's two linear layers.
+
+    Raises CheckpointError for a type or an activation that is not known.
+    """
+    if (kind := checkpoint.config.get("mm_projector_type")) is not None:
+        return projector_spec(str(kind), vision, language.hidden_size, checkpoint.folder)
     name = config.projector_hidden_act
     if name not in ACTIVATIONS:
         raise CheckpointError(
