@@ -23,16 +23,14 @@ from vlm_models.spec import VLMSpec
 
 def supported(role: str) -> list[str]:
     """The model types that offer `role`: "spec" (whole checkpoints), "language" or "positions" (vision towers)."""
-    names = sorted(m.name for m in pkgutil.iter_modules(families.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{families.__name__}.{name}"), role)]
+    return [name for name in _names() if hasattr(_module(name), role)]
 
 
 def find(model_type: object, role: str, what: str) -> ModuleType:
     """The family's module. Raises CheckpointError listing the supported ones."""
-    allowed = supported(role)
-    if model_type not in allowed:
-        raise CheckpointError(f"{what} {model_type!r} is not supported; supported are {', '.join(allowed)}")
-    return importlib.import_module(f"{families.__name__}.{model_type}")
+    if model_type in _names() and hasattr(module := _module(str(model_type)), role):
+        return module
+    raise CheckpointError(f"{what} {model_type!r} is not supported; supported are {', '.join(supported(role))}")
 
 
 def family_of(checkpoint: Checkpoint) -> ModuleType:
@@ -44,3 +42,11 @@ def read_spec(checkpoint: Checkpoint) -> VLMSpec:
     """The checkpoint's VLMSpec. Raises CheckpointError where it is of no supported family or contradicts itself."""
     spec: VLMSpec = family_of(checkpoint).spec(checkpoint)
     return spec
+
+
+def _names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{families.__name__}.{name}")
