@@ -1,4 +1,4 @@
-"""Vision encoder and projector as modules: transformers' own tower, and LLaVA's two-layer MLP."""
+"""Vision encoder and projector as modules with the checkpoint's weights: transformers' own tower, `projectors`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.family import family_of
+from vlm_models.projectors import check_widths
+from vlm_models.projectors import projector as projector_of
 from vlm_models.spec import VLMSpec
-from vlm_models.torch_language import ACTIVATIONS, as_float32
+from vlm_models.torch_language import as_float32
 from vlm_models.vlm_config import read_config
 
 
@@ -33,20 +35,6 @@ class VisionEncoder(Encoder):
     def forward(self, pixel_values: Tensor) -> Tensor:
         states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         return torch.cat([states[layer][:, self.drop :] for layer in self.layers], -1)
-
-
-class Projector(nn.Module):
-    """image_features (N, T, in_features) → image_embeds (N, T, out_features)."""
-
-    def __init__(self, spec: VLMSpec) -> None:
-        super().__init__()
-        p = spec.projector
-        self.linear_1 = nn.Linear(p.in_features, p.hidden_size, bias=p.bias)
-        self.linear_2 = nn.Linear(p.hidden_size, p.out_features, bias=p.bias)
-        self.activation = p.activation
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        return torch.as_tensor(self.linear_2(ACTIVATIONS[self.activation](self.linear_1(image_features))))
 
 
 def load_vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
@@ -89,7 +77,9 @@ def _projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:
     """On the meta device: the family's own, or the one of its kind."""
     with torch.device("meta"):
         own = getattr(family_of(checkpoint), "projector", None)
-        projector: nn.Module = Projector(spec) if own is None else own(checkpoint, spec)
+        projector: nn.Module = projector_of(spec) if own is None else own(checkpoint, spec)
+    if own is None:
+        check_widths(checkpoint, projector, spec, "multi_modal_projector.")
     return projector
 
 

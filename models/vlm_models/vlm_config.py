@@ -9,7 +9,6 @@ from vlm_models import family
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language_config import ACTIVATIONS
-from vlm_models.projectors import projector_spec
 from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec
 
 
@@ -82,12 +81,16 @@ def _tied(checkpoint: Checkpoint) -> bool:
 
 
 def projector(checkpoint: Checkpoint, config: Any, vision: VisionSpec, language: LanguageSpec) -> ProjectorSpec:
-    """The projector that `mm_projector_type` names, where the layout has it, else LLaVA's two linear layers.
+    """The projector that `mm_projector_type` of config.json names, and without such a name LLaVA's `mlp`."""
+    if (kind := checkpoint.config.get("mm_projector_type")) is None:
+        return mlp(checkpoint, config, vision, language)
+    from vlm_models.projectors import projector_spec  # with torch, which a spec else does without
 
-    Raises CheckpointError for a type or an activation that is not known.
-    """
-    if (kind := checkpoint.config.get("mm_projector_type")) is not None:
-        return projector_spec(str(kind), vision, language.hidden_size, checkpoint.folder)
+    return projector_spec(str(kind), vision, language.hidden_size, checkpoint.folder)
+
+
+def mlp(checkpoint: Checkpoint, config: Any, vision: VisionSpec, language: LanguageSpec) -> ProjectorSpec:
+    """transformers' projector of two linear layers. Raises CheckpointError for an activation that is not known."""
     name = config.projector_hidden_act
     if name not in ACTIVATIONS:
         raise CheckpointError(

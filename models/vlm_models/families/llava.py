@@ -17,7 +17,7 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         name=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         vision=vision,
-        projector=vlm_config.mlp(checkpoint, config, vision, language),
+        projector=vlm_config.projector(checkpoint, config, vision, language),
         language=language,
         preprocess=preprocess_spec(checkpoint, vision.image_size),
         prompt=prompt_spec(checkpoint, config, vision.image_tokens),
