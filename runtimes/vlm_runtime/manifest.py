@@ -150,6 +150,7 @@ def problems(manifest: Manifest) -> Iterator[str]:
     yield from _not_positive(manifest.spec, "spec")
     yield from _not_positive(manifest.embedding, "embedding")
     yield from _spec_problems(manifest.spec)
+    yield from _tiling_problems(manifest.spec)
 
 
 def safe_path(name: str) -> bool:
@@ -261,6 +262,16 @@ def _spec_problems(spec: VLMSpec) -> Iterator[str]:
         yield f"spec.preprocess cannot be: std {pixels.std}, crop {pixels.crop}, resample {pixels.resample}"
     if not all(0 <= c <= 255 for c in pixels.pad_color):
         yield f"spec.preprocess.pad_color is {pixels.pad_color}: three numbers of 0 to 255"
+
+
+def _tiling_problems(spec: VLMSpec) -> Iterator[str]:
+    tiling, edge, rows = spec.tiling, spec.vision.image_size, spec.tile_tokens
+    if tiling is None or tiling.rule != "anyres":
+        return
+    if not tiling.resolutions or any(n < edge or n % edge for pair in tiling.resolutions for n in pair):
+        yield f"spec.tiling.resolutions are {tiling.resolutions}: heights and widths that are multiples of {edge}"
+    if math.isqrt(rows) ** 2 != rows or tiling.max_grid < 0:
+        yield f"spec.tiling cannot be: tiles of {rows} rows, which are no square, or max_grid {tiling.max_grid}"
 
 
 def _finite(value: Any) -> Any:
