@@ -19,12 +19,14 @@ from vlm_models.errors import CheckpointError, InputError
 from vlm_models.spec import VLMSpec
 from vlm_quant.recipe import PARTS
 from vlm_runtime.manifest import ITEM_BYTES, SCALE_BYTES
+from vlm_runtime.tiling import most_rows
 
 if TYPE_CHECKING:
     from vlm_models.model import Model
     from vlm_quant.recipe import Precision, Recipe
 
 DEFAULT_CONTEXT = 4096
+ROOM = 1024  # positions for question and answer beside the largest picture
 _EMBEDDING = "language_model.embed_tokens.weight"
 _BLOCK = 1 << 17  # numbers looked at in one go: they stay in the second-level cache
 _ROWS = 1 << 25  # numbers after which the progress moves
@@ -39,9 +41,12 @@ _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
 
 def context_of(spec: VLMSpec, max_context: int | None) -> int:
-    """How many positions to export: `max_context`, by default what the model was made for, up to 4096."""
+    """How many positions to export: `max_context`, by default what the model was made for, up to 4096.
+
+    Where a picture may take more than 3072 of them, the default grows with it.
+    """
     limit = spec.language.max_positions
-    context = min(limit, DEFAULT_CONTEXT) if max_context is None else max_context
+    context = min(limit, max(DEFAULT_CONTEXT, most_rows(spec) + ROOM)) if max_context is None else max_context
     if not 0 < context <= limit:
         raise InputError(f"max context {context} cannot be: this model takes 1 to {limit} positions")
     if context <= spec.prompt.image_tokens:
@@ -114,6 +119,11 @@ def weights(model: Model, part: str, *, embedding: bool = False) -> int:
     return sum(_sizes(model, part, embedding).values())
 
 
+def tensors_of(model: Model, part: str) -> list[str]:
+    """The names of a part's tensors, embedding table included."""
+    return [name for name in model.checkpoint.names() if name.split(".", 1)[0] in _PREFIXES[part]]
+
+
 def weight_bytes(
     model: Model, part: str, recipe: Recipe, per_weight: Callable[[Precision], float], *, embedding: bool = False
 ) -> float:
@@ -133,6 +143,7 @@ def _sizes(model: Model, part: str, embedding: bool) -> dict[str, int]:
 
 
 def _golden_bytes(spec: VLMSpec) -> int:
-    rows = spec.vision.image_tokens
-    numbers = 3 * spec.preprocess.size**2 + rows * (spec.vision.feature_size + 3 * spec.language.hidden_size)
+    tiles = most_rows(spec) // spec.tile_tokens + 1
+    rows, width = spec.vision.image_tokens, spec.vision.feature_size + 3 * spec.language.hidden_size
+    numbers = tiles * (3 * spec.vision.image_size**2 + rows * width)
     return 4 * (numbers + spec.language.vocab_size) + (1 << 20)

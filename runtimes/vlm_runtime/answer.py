@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from vlm_runtime.sampling import Sampler, Sampling
 from vlm_runtime.splice import splice
 from vlm_runtime.text import Decodes, TextStream
 from vlm_runtime.tiling import Layout
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Key = int | bytes
 
@@ -54,11 +57,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Picture:
-    """A preprocessed picture: pixel values (tiles, 3, s, s), their layout, and what tells it from others."""
+    """A preprocessed picture: pixel values (tiles, 3, s, s), their layout, and what tells it from others.
+
+    `image` is the picture itself where it would be cut differently among more or fewer of them.
+    """
 
     pixels: Floats
     layout: Layout
     digest: bytes
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

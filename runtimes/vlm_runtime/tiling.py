@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """(height, width) of a picture in pixels."""
 Floats = NDArray[np.float32]
+_GRIDS, _PARTS = 12, 8
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ def pack(rows: Floats, spec: VLMSpec, layout: Layout, newline: Floats | None) ->
             "H): the parts are not of the same model; export again"
         )
     return rule(spec).pack(rows, spec, layout, newline)
+
+
+def most_rows(spec: VLMSpec) -> int:
+    """About as many rows as one picture can take, found by trying pictures that fill a resolution or a grid."""
+    if (tiling := spec.tiling) is None:
+        return spec.prompt.image_tokens
+    edge, grids = spec.vision.image_size, range(1, min(tiling.max_tiles, _GRIDS) + 1)
+    sizes = [*tiling.resolutions, *((edge * down, edge * across) for down in grids for across in grids)]
+    if tiling.longest_edge:
+        sizes.append((tiling.longest_edge, tiling.longest_edge))
+    parts = [n / _PARTS for n in range(_PARTS // 2, _PARTS + 1)]  # padding left out may save more than shrinking
+    tried = {(int(h * part), int(w * other)) for h, w in sizes for one in parts for part, other in ((one, 1), (1, one))}
+    return max(layout_of(size, spec).rows for size in tried)
 
 
 def image_newline(bundle: Bundle) -> Floats | None:

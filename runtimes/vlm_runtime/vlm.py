@@ -10,12 +10,14 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+import numpy as np
+
 from vlm_models.errors import PromptError
 from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Speaker, milliseconds, speak, split_settings
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
 from vlm_runtime.embedding import EmbeddingTable
-from vlm_runtime.engine import Decoder, Floats, KVCache, Options, choose_engines, find_engine
+from vlm_runtime.engine import Decoder, Encoder, Floats, KVCache, Options, choose_engines, find_engine
 from vlm_runtime.image import open_image
 from vlm_runtime.prompt import render, user_message
 from vlm_runtime.tiling import image_newline, layout_of, pack, tiles_of
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     Source = str | os.PathLike[str] | bytes | Image.Image
 
 _PICTURES_KEPT = 8
+_TILES_AT_ONCE = 4
 
 
 def load(
@@ -80,6 +83,7 @@ class VLM:
         decoder = find_engine(engines["language_model"]).decoder(bundle, options)
         self.max_context = decoder.max_context
         self._newline = image_newline(bundle)
+        self._alone_matters = self.spec.tiling is not None and self.spec.tiling.single
         self._rows: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pictures, by digest
         self._speaker = Speaker(
             context=Context(decoder),
@@ -141,7 +145,8 @@ class VLM:
         opened = open_image(image)
         layout = layout_of((opened.height, opened.width), self.spec, pictures)
         pixels = tiles_of(opened, self.spec, layout)
-        return Picture(pixels, layout, hashlib.sha256(repr(layout).encode() + pixels.tobytes()).digest())
+        digest = hashlib.sha256(repr(layout).encode() + pixels.tobytes()).digest()
+        return Picture(pixels, layout, digest, opened if self._alone_matters else None)
 
     def request(
         self,
@@ -158,14 +163,15 @@ class VLM:
         spec, count = self.spec.prompt, len(pictures) + len(images)
         check_count(text.count(spec.picture), count, spec)
         start = time.perf_counter()
-        pictures = (*pictures, *(self.picture(image, count) for image in images))
+        known = pictures if not images else [self._among(picture, count) for picture in pictures]
+        pictures = (*known, *(self.picture(image, count) for image in images))
         times = {"load": self.load_ms, "preprocess": milliseconds(start) if images else 0.0}
         ids = prompt_ids(text, [picture.layout for picture in pictures], self.tokenizer.encode, spec)
         image_tokens = sum(picture.layout.rows for picture in pictures)
         if len(ids) >= self.max_context:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens) and the bundle's context is "
-                f"{self.max_context}: shorten it, or export with a larger --max-context"
+                f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens{self._shares(pictures)}) and "
+                f"the bundle's context is {self.max_context}: shorten it, or export with a larger --max-context"
             )
         if not ids:
             raise PromptError("the prompt is empty: write a question")
@@ -200,20 +206,40 @@ class VLM:
             )
         return self.speak(self.request(prompt, images, settings, started=started))
 
+    def _among(self, picture: Picture, pictures: int) -> Picture:
+        """A known picture as one of so many in its prompt."""
+        if picture.image is None or layout_of(picture.layout.size, self.spec, pictures) == picture.layout:
+            return picture
+        return self.picture(picture.image, pictures)
+
+    def _shares(self, pictures: Sequence[Picture]) -> str:
+        """What each picture took, where that depends on the picture."""
+        if self.spec.tiling is None:
+            return ""
+        each = [f"{p.layout.rows} for {p.layout.size[1]} × {p.layout.size[0]} pixels" for p in pictures[:3]]
+        return f": {', '.join(each)}{', …' if len(pictures) > 3 else ''}"
+
     def _picture_rows(self, picture: Picture, times: dict[str, float]) -> Floats:
         if picture.digest in self._rows:
             self._rows.move_to_end(picture.digest)
             return self._rows[picture.digest]
         start = time.perf_counter()
-        features = self.vision_encoder.run(picture.pixels)
+        features = _in_turns(self.vision_encoder, picture.pixels)
         times["vision"] += milliseconds(start)
         start = time.perf_counter()
-        rows = pack(self.projector.run(features), self.spec, picture.layout, self._newline)
+        rows = pack(_in_turns(self.projector, features), self.spec, picture.layout, self._newline)
         times["projector"] += milliseconds(start)
         self._rows[picture.digest] = rows
         if len(self._rows) > _PICTURES_KEPT:
             self._rows.popitem(last=False)
         return rows
+
+
+def _in_turns(encoder: Encoder, x: Floats) -> Floats:
+    """All tiles of a picture, a few at a time: attention within a tile takes T² numbers a head."""
+    if len(x) <= _TILES_AT_ONCE:
+        return encoder.run(x)
+    return np.concatenate([encoder.run(x[n : n + _TILES_AT_ONCE]) for n in range(0, len(x), _TILES_AT_ONCE)])
 
 
 def _answer(stop: StopIteration) -> Answer:
