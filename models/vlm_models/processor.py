@@ -68,6 +68,8 @@ def prompt_spec(checkpoint: Checkpoint, config: Any, image_tokens: int) -> Promp
         bos_token=_token_text(tokens.get("bos_token")),
         eos_token=_token_text(tokens.get("eos_token")),
         chat_template=_chat_template(checkpoint, tokens),
+        chunked=checkpoint.conversation is not None,
+        stop=tuple(checkpoint.config.get("stop", ())) if checkpoint.conversation is not None else (),
     )
 
 
@@ -95,6 +97,25 @@ def read_tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """tokenizer_config.json, or {} where there is none."""
     path = checkpoint.files / "tokenizer_config.json"
     return read_json(path, "") if path.is_file() else {}
+
+
+def special_token(checkpoint: Checkpoint, name: str, default: str) -> str:
+    """A special token that tokenizer_config.json names, at its top or among the extra ones; else `default`."""
+    tokens = read_tokenizer_config(checkpoint)
+    inner = [v for k, v in tokens.items() if k.endswith("special_tokens") and isinstance(v, dict)]
+    found = (_token_text(place.get(name)) for place in (tokens, *inner))
+    return next((text for text in found if text is not None), default)
+
+
+def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
+    """transformers' own tokenizer of the checkpoint. Raises CheckpointError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.files, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint.files}: transformers cannot load its tokenizer: {reason}") from error
 
 
 def _image_token(checkpoint: Checkpoint, image_token_id: int) -> str:

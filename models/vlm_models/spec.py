@@ -130,10 +130,11 @@ class TilingSpec:
     `rule` names the module of `vlm_runtime.tilings` that does it: "anyres" (LLaVA-NeXT and OneVision: the best of
     `resolutions`, (height, width) in pixels, with `max_grid` tiles' worth of rows at most where that is not 0), "ratio"
     (InternVL: the grid of `min_tiles` to `max_tiles` whose aspect ratio is closest), "split" (Idefics3: tiles of a
-    picture whose longer edge is `longest_edge`). `overview` says where the whole picture stands among the tiles,
-    `newline` whether the checkpoint has a row that ends each line of patches, `single` that only a picture which is
-    alone in its prompt is cut into tiles. `before` and `after` are the texts around the rows of a picture ("split":
-    `before` comes before every tile), `tag` the one that marks those of the overview.
+    picture whose longer edge is `longest_edge`, where that is not 0; `max_tiles` 1: none but the overview, 0: as many
+    as it takes). `overview` says where the whole picture stands among the tiles, `newline` whether the checkpoint has a
+    row that ends each line of patches, `single` that only a picture which is alone in its prompt is cut into tiles.
+    `before` and `after` are the texts around the rows of a picture ("split": `before` comes before every tile), `tag`
+    the one that marks those of the overview.
     """
 
     rule: Literal["anyres", "ratio", "split"]
@@ -157,7 +158,8 @@ class PromptSpec:
     `bos_token`/`eos_token` are texts for the template; `eos_token_ids` end an answer. A template writes `placeholder`
     (by default `image_token`) for one picture; `image_token` is what each of its rows has in the prompt, of which
     there are `image_tokens`, or at least so many where the picture's shape decides (`VLMSpec.tiling`). With `chunked`
-    the text around placeholders is tokenized piece by piece, BOS before the first alone (original LLaVA).
+    the text around placeholders is tokenized piece by piece, BOS before the first alone (original LLaVA). An answer also
+    ends where one of the texts `stop` begins.
     """
 
     image_token: str
@@ -169,6 +171,7 @@ class PromptSpec:
     chat_template: str | None = None
     placeholder: str | None = None
     chunked: bool = False
+    stop: tuple[str, ...] = ()
 
     @property
     def picture(self) -> str:

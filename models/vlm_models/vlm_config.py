@@ -12,20 +12,25 @@ from vlm_models.language_config import ACTIVATIONS
 from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec
 
 
-def read_config(checkpoint: Checkpoint, text: str = "llama", tower: str = "clip_vision_model") -> Any:
+def read_config(checkpoint: Checkpoint, text: str = "llama", towers: tuple[str, ...] = ()) -> Any:
     """config.json through transformers' own config class, which fills in what old versions left out.
 
-    `text` and `tower` are the model types of parts that do not name theirs. Raises CheckpointError where a part is
-    missing, of no supported family, or of values that the class refuses.
+    `text` is the model type of a text config that does not name its own, `towers` what the vision config of a family
+    with a tower of its own may be called. Raises CheckpointError where a part is missing, of no supported family, or
+    of values that the class refuses.
     """
     from transformers import CONFIG_MAPPING
 
     raw = checkpoint.config
-    for part, role in (("text_config", "language"), ("vision_config", "positions")):
+    for part in ("text_config", "vision_config"):
         if not isinstance(raw.get(part), dict):
             raise CheckpointError(f"{checkpoint.folder / 'config.json'} has no {part}")
-        default = {"language": text, "positions": tower}[role]
-        family.find(raw[part].get("model_type", default), role, f"{checkpoint.folder}: {part}.model_type")
+    family.find(raw["text_config"].get("model_type", text), "language", f"{checkpoint.folder}: text_config.model_type")
+    what, tower = f"{checkpoint.folder}: vision_config.model_type", raw["vision_config"].get("model_type")
+    if not towers:
+        family.find(tower or "clip_vision_model", "positions", what)
+    elif tower not in (None, *towers):
+        raise CheckpointError(f"{what} {tower!r} is not that of {raw['model_type']}: {', '.join(towers)}")
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     except Exception as error:  # whatever a config class raises on values it does not take
