@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from vlm_models.conversation import Written
 from vlm_models.errors import CheckpointError
 from vlm_models.grid import Grid
 
@@ -61,6 +62,7 @@ class Checkpoint:
     Whatever the layout of the folder, `config` and the tensors' names are those of Hugging Face's layout, and `files`
     is a folder that holds processor, tokenizer and chat template as transformers reads them: `folder` itself, or one
     made from it that lives as long as `made`. `notes` say in sentences what was found and chosen on the way.
+    `conversation` is how LLaVA's original code writes its prompts, where the checkpoint is of that code.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Checkpoint:
     layout: str = "huggingface"
     notes: tuple[str, ...] = ()
     made: TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+    conversation: Written | None = None
 
     @property
     def files(self) -> Path:

@@ -182,7 +182,7 @@ class VLM:
             pictures=pictures,
             image_tokens=image_tokens,
             sampling=sampling,
-            stop=stop,
+            stop=(*stop, *spec.stop),
             max_new_tokens=max_new_tokens,
             room=self.max_context - len(ids),
             reuse=reuse,
