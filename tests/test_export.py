@@ -255,7 +255,7 @@ def test_a_missing_sdk_is_not_an_unknown_name(tiny: Path, tmp_path: Path, monkey
         with pytest.raises(DependencyError, match=r"target 'onnx' needs onnx: pip install 'vlm-export\[onnx\]'"):
             find_target("onnx")
 
-    def absent(checkpoint: object) -> None:
+    def absent(*given: object) -> None:
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers.models")
 
     monkeypatch.setattr("vlm_models.model.load_model", absent)

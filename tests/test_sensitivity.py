@@ -28,6 +28,7 @@ from vlm_export.quality import HeldOut, Quality, ask, compared, held_out
 from vlm_export.sensitivity import Effect, Group, effects, fixed_bytes, groups, recipe_of
 from vlm_export.simulate import EMBEDDING, Rounding, decoder_linears, rounded, rounding, simulate
 from vlm_export.target import Job, find_target, silent
+from vlm_models.checkpoint import NO_SOURCES
 from vlm_models.demo import scenes
 from vlm_models.errors import CheckError, DependencyError, InputError, RecipeError
 from vlm_models.model import Model, load_model
@@ -452,7 +453,7 @@ def test_flags_that_contradict_each_other_are_one_line(
 def test_without_matplotlib_nothing_is_measured(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r"needs matplotlib: pip install 'vlm-export\[sensitivity\]'"):
-        goal.measured(str(tiny), None, tmp_path, "fp16", None, None, None, "rtn", 8, 0, silent)
+        goal.measured(str(tiny), None, tmp_path, "fp16", None, None, None, "rtn", 8, 0, NO_SOURCES, silent)
 
 
 def test_an_export_leaves_unreadable_pictures_out_and_says_so(

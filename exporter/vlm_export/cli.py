@@ -16,6 +16,7 @@ from vlm_export import goal
 from vlm_export.algorithms import SAMPLES
 from vlm_export.export import export
 from vlm_export.goal import MAX_KL
+from vlm_export.inspect import show_checkpoint
 from vlm_export.result import report, show, written
 from vlm_export.table import Stages
 from vlm_export.tensorrt.build import build_bundle
@@ -102,6 +103,13 @@ def command(
         int, typer.Option(rich_help_panel=_PRECISION, help="How many of the pairs are taken at most.")
     ] = SAMPLES,
     seed: Annotated[int, typer.Option(rich_help_panel=_PRECISION, help="Which of them.")] = 0,
+    inspect: Annotated[
+        bool,
+        typer.Option(
+            "--inspect",
+            help="Export nothing: say what the checkpoint is, how it is asked, and what each target would need.",
+        ),
+    ] = False,
     sensitivity: Annotated[
         bool,
         typer.Option(
@@ -214,6 +222,8 @@ def command(
         _refuse_beside_build({"a CHECKPOINT": checkpoint, "--target": target, "--output": output})
         return _build(build, device_profile or (), console, as_json, quiet)
     sources = Sources(base, vision_tower, conversation)
+    if inspect:
+        return show_checkpoint(checkpoint, sources, precision, max_context, as_json=as_json)
     if sensitivity:
         if checkpoint is None:
             raise InputError("missing CHECKPOINT: --sensitivity measures a checkpoint")
@@ -250,6 +260,7 @@ def command(
                 tensorrt_kv=tensorrt_kv,  # type: ignore[arg-type]
                 device_profiles=device_profile or (),
                 sources=sources,
+                tell=lambda note: None if quiet else console.print(note, highlight=False, markup=False, soft_wrap=True),
                 progress=stages,
             )
         except CheckError as error:

@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +58,7 @@ def export(
     tensorrt_kv: Literal["concat", "scatter"] = "concat",
     device_profiles: Sequence[str] = (),
     sources: Sources = NO_SOURCES,
+    tell: Callable[[str], None] = lambda note: None,
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder for each of `targets`, and check it against the checkpoint.
@@ -73,7 +74,8 @@ def export(
     `coreml_layout` "ane" puts channels first; `tensorrt_kv` "scatter" gives TensorRT a cache of fixed size, written in
     place; `device_profiles` ("rtx40", "rtx40:24" with 24 GB) are what its engines are built for, by default the GPU at
     hand, else RTX 30, 40 and 50. `sources` say where pieces lie that the checkpoint only names (a LoRA's base model, a
-    vision tower). `progress(stage, done, of)` is called all along.
+    vision tower); `tell` is called with each note on what was found and chosen there, `progress(stage, done, of)` all
+    along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -93,6 +95,8 @@ def export(
             f"device profiles are for target {_TENSORRT!r}: add it with --target {_TENSORRT}, or leave them"
         )
     model = _load(checkpoint, sources, output, chosen)
+    for note in model.checkpoint.notes:
+        tell(note)
     pairs = calibration_pairs(model.checkpoint, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
@@ -223,6 +227,7 @@ def _with_shared(model: Model, context: int, recipe: Recipe, folder: Path, progr
         golden=None,
         tools=_tools(),
         image_newline=shared.write_newline(model.checkpoint, model.spec, folder),
+        notes=model.checkpoint.notes,
     )
 
 

@@ -67,7 +67,7 @@ class Manifest:
 
     `parts[part][engine]` says how an engine runs a part; `recipes[target]` and `parity[target]` are what it was built
     with and how far it is from the checkpoint. `image_newline` is a file of one row of the language model's width, in
-    float32: what ends a line of patches of a picture in tiles.
+    float32: what ends a line of patches of a picture in tiles. `notes`: what was found and chosen in the checkpoint.
     """
 
     format: Literal["vlm-bundle"]
@@ -84,6 +84,7 @@ class Manifest:
     golden: str | None
     tools: Mapping[str, str]
     image_newline: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -114,8 +115,8 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
         raise BundleError(f"cannot write {NAME}: {_short(problem)}")
     data = to_plain(manifest)
     data["parity"] = _finite(data["parity"])
-    for where, key in ((data["embedding"], "scales"), (data, "image_newline")):
-        if where[key] is None:  # runtimes that do not know it read the bundle all the same
+    for where, key in ((data["embedding"], "scales"), (data, "image_newline"), (data, "notes")):
+        if not where[key]:  # runtimes that do not know it read the bundle all the same
             del where[key]
     path = Path(folder) / NAME
     partial = path.with_name(f".{NAME}.partial")

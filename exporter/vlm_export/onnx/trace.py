@@ -118,7 +118,7 @@ def _linear(node: ir.Node) -> tuple[Weight, ir.Node] | None:
         others = [value for value in end.inputs if value is not product]
         bias = _constant(others[0]) if end.op_type == "Add" and len(others) == 1 else None
         if bias is not None and bias.shape == (matrix.shape[1],):
-            return _weight(_layer_name(name, others[0]), matrix.T, bias), end
+            return _weight(_module_name(node) or _layer_name(name, others[0]), matrix.T, bias), end
     return _weight(name, matrix.T, None), node
 
 
