@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vlm_export.reference_prompt import original_ids
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
 from vlm_models.family import family_of
@@ -69,6 +70,8 @@ def compute_reference(
     """
     import torch
 
+    from vlm_export.reference_projector import projected
+
     steps = tokens + 3
     with Image.open(picture) as opened:
         image = opened.convert("RGB")
@@ -77,7 +80,7 @@ def compute_reference(
     with torch.inference_mode():
         features = model.vision_encoder()(torch.from_numpy(pixels))
         progress("reference", 2, steps)
-        rows = model.projector()(features)
+        rows = projected(model, features)
         embeds = spliced(model, ids, packed(model, rows, (image.height, image.width)))
         progress("reference", 3, steps)
         kept = fits_in_memory(model) if keep is None else keep
@@ -143,6 +146,8 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     from transformers import AutoTokenizer
 
     own = getattr(family_of(model.checkpoint), "prompt_ids", None)
+    if model.checkpoint.conversation is not None:
+        return original_ids(model.checkpoint, prompt, pictures, _rows_of(model, own), model.spec.prompt.image_token_id)
     if own is not None:
         return list(own(model.checkpoint, model.spec, prompt, pictures))
     folder, spec = model.checkpoint.files, model.spec.prompt
@@ -154,6 +159,16 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     written = spec.bos_token is not None and prompt.startswith(spec.bos_token)
     ids = tokenizer(prompt, add_special_tokens=not written)["input_ids"]
     return [i for t in ids for i in ([t] * spec.image_tokens if t == spec.image_token_id else [t])]
+
+
+def _rows_of(model: Model, own: Callable[..., Sequence[int]] | None) -> Callable[[Image.Image], int]:
+    """How many rows a picture takes: as many as always, or as the family's `prompt_ids` counts."""
+    prompt = model.spec.prompt
+    if own is None:
+        return lambda picture: prompt.image_tokens
+    return lambda picture: list(own(model.checkpoint, model.spec, prompt.picture, [picture])).count(
+        prompt.image_token_id
+    )
 
 
 def looked_up(model: Model, ids: Sequence[int]) -> Tensor:

@@ -122,10 +122,10 @@ class Line(nn.Module):
 
 
 class Same(nn.Module):
-    """No projector. A graph may not give out its input itself, so the rows are copied."""
+    """No projector. A graph may not give out its input itself, and a mere copy is optimized away."""
 
     def forward(self, image_features: Tensor) -> Tensor:
-        return image_features.clone()
+        return torch.maximum(image_features, image_features)
 
 
 def _stack(p: ProjectorSpec, depth: int, *, norms: bool) -> nn.Sequential:
@@ -167,7 +167,7 @@ class _Block(nn.Module):
         super().__init__()
         depthwise = nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False)
         self.block = nn.Sequential(
-            nn.Sequential(depthwise, _ChannelNorm(width), nn.Hardswish()),
+            nn.Sequential(depthwise, _ChannelNorm(width), _HardSwish()),
             _SqueezeExcite(width),
             nn.Sequential(nn.Conv2d(width, width, 1, bias=False), _ChannelNorm(width)),
         )
@@ -176,6 +176,13 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.block(x)
         return x + y if self.residual else y
+
+
+class _HardSwish(nn.Module):
+    """x · min(max(x + 3, 0), 6) / 6, not by torch's own, which becomes a chain of rarer operations elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * functional.hardsigmoid(x)
 
 
 class _ChannelNorm(nn.Module):

@@ -47,6 +47,8 @@ _BLOCK = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
+# The two linear layers of the projectors that llama.cpp's graph is, by kind.
+_LAYERS = {"mlp": ("linear_1", "linear_2"), "mlp2x_gelu": ("0", "2")}
 _BEFORE = {
     "embeddings.class_embedding": "v.class_embd",
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
@@ -60,8 +62,12 @@ _BEFORE = {
 def unsupported(model: Model) -> str | None:
     """Why llama.cpp's LLaVA graph cannot be this tower and projector, in one line; None where it can."""
     vision, projector = model.spec.vision, model.spec.projector
+    if model.spec.tiling is not None:
+        return "llama.cpp cuts pictures into tiles and packs their rows in a way of its own"
     if vision.model_type not in TOWERS:
         return f"llama.cpp has no LLaVA graph for a {vision.model_type} tower"
+    if projector.kind not in _LAYERS:
+        return f"llama.cpp's LLaVA projector is two linear layers with GELU between, this one {projector.kind}"
     if projector.activation not in _GELUS:
         return f"llama.cpp's LLaVA projector computes GELU, this one {projector.activation}"
     if (activation := _config(model.checkpoint).hidden_act) not in _ACTIVATIONS:
@@ -182,16 +188,15 @@ def _projector(checkpoint: Checkpoint, spec: VLMSpec, layers: list[int]) -> dict
     mm.2 is divided by what the language model's graph will multiply the rows by.
     """
     p, width, scale = spec.projector, spec.vision.hidden_size, np.float32(embed_scale(spec.language))
-    order = sorted(set(layers))
+    order, (linear_1, linear_2) = sorted(set(layers)), _LAYERS[p.kind]
 
     def stored(name: str) -> Weight:
-        return _stored(
-            checkpoint, f"multi_modal_projector.{name}", scale=scale if name.startswith("linear_2") else None
-        )
+        return _stored(checkpoint, f"multi_modal_projector.{name}", scale=scale if name.startswith(linear_2) else None)
 
     def first() -> Floats:
         # (hidden, layers × width): columns go from the checkpoint's order of feature layers to the graph's.
-        given = _read(checkpoint, "multi_modal_projector.linear_1.weight").reshape(p.hidden_size, len(layers), width)
+        given = _read(checkpoint, f"multi_modal_projector.{linear_1}.weight")
+        given = given.reshape(p.hidden_size, len(layers), width)
         out = np.zeros((p.hidden_size, len(order), width), np.float32)
         for i, layer in enumerate(layers):
             out[:, order.index(layer)] += given[:, i]
@@ -199,9 +204,9 @@ def _projector(checkpoint: Checkpoint, spec: VLMSpec, layers: list[int]) -> dict
 
     weights = {
         "mm.0.weight": Weight((p.hidden_size, len(order) * width), True, first),
-        "mm.2.weight": stored("linear_2.weight"),
+        "mm.2.weight": stored(f"{linear_2}.weight"),
     }
-    for ours, theirs, size in (("mm.0", "linear_1", p.hidden_size), ("mm.2", "linear_2", p.out_features)):
+    for ours, theirs, size in (("mm.0", linear_1, p.hidden_size), ("mm.2", linear_2, p.out_features)):
         weights[f"{ours}.bias"] = stored(f"{theirs}.bias") if p.bias else Weight((size,), False, _zeros(size))
     return weights
 
