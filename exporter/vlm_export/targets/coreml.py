@@ -103,7 +103,7 @@ def checks(job: Job, written: Mapping[str, Part], reference: Reference) -> dict[
             overflows = decoder.overflows
         else:
             encoder = MilEncoder(package)
-            encoder.run((reference.pixel_values if part == "vision_encoder" else reference.image_features)[None])
+            encoder.run(reference.pixel_values if part == "vision_encoder" else reference.image_features)
             overflows = encoder.overflows
         if overflows:
             lost[part] = [dataclasses.asdict(overflow) for overflow in overflows.values()]
