@@ -17,6 +17,7 @@ from vlm_export.algorithms import SAMPLES, changed_copies, check_algorithm
 from vlm_export.decisions import decide_all, grids_of, recorded
 from vlm_export.pairs import calibration_pairs
 from vlm_export.reference import compute_reference, prompt_ids
+from vlm_export.reference_prompt import question_text
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
 from vlm_export.tensorrt import plan
 from vlm_models.checkpoint import NO_SOURCES, Sources
@@ -195,8 +196,8 @@ def _load(checkpoint: str | Path, sources: Sources, output: Path, chosen: Mappin
 
 
 def _golden_prompt(model: Model, context: int, tokens: int) -> str:
-    """The prompt of the check, which must fit the context together with its answer."""
-    prompt = golden.prompt(model.spec.prompt)
+    """The prompt of the check as the checkpoint writes it, which must fit the context together with its answer."""
+    prompt = question_text(model, golden.QUESTION)
     rows = len(prompt_ids(model, prompt, [golden.picture()]))
     if tokens < 1:
         raise InputError(f"greedy tokens {tokens} cannot be: the check needs at least 1 (or --no-check)")
@@ -255,7 +256,8 @@ def _checked(
     job = next(iter(jobs.values()))
     model, folder, progress = job.model, job.root, job.progress
     bundle, picture = Bundle(folder.resolve(), manifest), golden.write_picture(folder)
-    runners = {name: parity.Runner(bundle, target.ENGINES, picture, prompt) for name, target in chosen.items()}
+    asked = golden.prompt(bundle.spec.prompt)
+    runners = {name: parity.Runner(bundle, target.ENGINES, picture, asked) for name, target in chosen.items()}
     draft = next(iter(runners.values())).draft
     reference = compute_reference(model, picture, prompt, tokens=tokens, draft=draft, progress=progress)
     measured: dict[str, Any] = {}
