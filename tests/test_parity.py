@@ -225,7 +225,7 @@ def test_noise_beyond_the_precision_fails_at_its_stage(
 
 def test_a_pixel_off_by_one_level_fails_at_any_precision(reference: Reference) -> None:
     pixels = reference.pixel_values.copy()
-    pixels[0, 7, 9] += 1 / 255 / 0.27
+    pixels[0, 0, 7, 9] += 1 / 255 / 0.27
     found = measured(reference, "int4", pixel_values=pixels)
     assert not found["passed"]
     assert "preprocessing" in str(parity.failure(found, parse_recipe("int4")))
