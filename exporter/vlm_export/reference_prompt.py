@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def question_text(model: Model, text: str) -> str:
     """A question about one picture as the conversation that the checkpoint was trained on. Raises CheckpointError."""
     checkpoint, picture = model.checkpoint, model.spec.prompt.picture
-    if (written := checkpoint.conversation) is not None:
-        return render(written.conversation, [question(written, text)])
+    if (written := checkpoint.conversation) is not None and written.conversation is not None:
+        return render(written.conversation, [question(written.picture, text)])
     tokenizer = transformers_tokenizer(checkpoint)
     template = _template(checkpoint) or tokenizer.chat_template
     if not template:

@@ -40,15 +40,18 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation as one checkpoint writes it: `picture` stands for one picture, tokens around it included."""
+    """A conversation as one checkpoint writes it: `picture` stands for one picture, tokens around it included.
 
-    conversation: Conversation
+    Without `conversation` its tokenizer's own chat template does.
+    """
+
+    conversation: Conversation | None
     picture: str
 
 
-def question(written: Written, text: str, pictures: int = 1) -> str:
+def question(picture: str, text: str, pictures: int = 1) -> str:
     """A user's turn with `pictures` pictures before the text, each on a line of its own."""
-    return f"{written.picture}\n" * pictures + text
+    return f"{picture}\n" * pictures + text
 
 
 def render(conversation: Conversation, turns: Sequence[str], system: str | None = None) -> str:
@@ -149,9 +152,8 @@ _TEMPLATE = (
 )
 
 
-def chat_template(written: Written) -> str:
+def chat_template(c: Conversation, picture: str) -> str:
     """The same as a Jinja chat template for messages of text and pictures, as transformers renders them."""
-    c = written.conversation
     a = _affixes(c)
     system = "{{ BEFORE }}{{ now.system }}{{ AFTER }}"
     pieces = {
@@ -160,7 +162,7 @@ def chat_template(written: Written) -> str:
         "INSIDE": "{%- if now.system and not now.asked -%}" + system + "{%- endif -%}" if a.inside else "",
     }
     texts = {
-        "PICTURE": written.picture,
+        "PICTURE": picture,
         "SYSTEM": c.system,
         "BEFORE": a.system[0],
         "AFTER": a.system[1],

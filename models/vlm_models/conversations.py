@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vlm_models.conversation import Conversation
 from vlm_models.errors import CheckpointError
@@ -86,12 +85,17 @@ _ALIASES = {
 }
 
 
+OWN = "tokenizer"
+"""The name for what the tokenizer's own chat template writes."""
+
+
 @dataclass(frozen=True)
 class Traces:
     """What a checkpoint shows of the conversation it was trained on.
 
     `names` are those of its folder and of `_name_or_path`; `language` is its language model's model_type, `projector`
-    its mm_projector_type, `model_type` that of the original config; `knows(token)` says whether a token is its own.
+    its mm_projector_type, `model_type` that of the original config; `tokens` are those of TELLING its tokenizer has,
+    `template` whether that has a chat template.
     """
 
     names: tuple[str, ...]
@@ -99,13 +103,14 @@ class Traces:
     language: str
     projector: str
     tokens: frozenset[str]
+    template: bool = False
 
 
-def named(name: str) -> Conversation:
-    """The conversation of that name. Raises CheckpointError listing all of them."""
+def named(name: str) -> Conversation | None:
+    """The conversation of that name, None for the tokenizer's own. Raises CheckpointError listing all of them."""
     found = CONVERSATIONS.get(_ALIASES.get(name, name))
-    if found is None:
-        allowed = ", ".join(sorted({*CONVERSATIONS, *_ALIASES}))
+    if found is None and name != OWN:
+        allowed = ", ".join(sorted({*CONVERSATIONS, *_ALIASES, OWN}))
         raise CheckpointError(f"unknown conversation {name!r}: choose one of {allowed}")
     return found
 
@@ -152,18 +157,17 @@ def _of_language(traces: Traces) -> tuple[tuple[str, bool, str], ...]:
         ("bunny_llama", bunny and ended, f"model_type {traces.model_type} and a tokenizer with <|end_of_text|>"),
         ("bunny", bunny and "<|endoftext|>" in tokens, f"model_type {traces.model_type}"),
         ("vicuna_v1", bunny, f"model_type {traces.model_type}"),
+        (
+            OWN,
+            traces.template and traces.model_type == "llava-qwen2",
+            "nanoLLaVA's code takes its tokenizer's template",
+        ),
         ("llama_3", "<|start_header_id|>" in tokens, "the tokenizer has <|start_header_id|>"),
         ("gemma_instruct", traces.language.startswith("gemma"), f"the language model is {traces.language}"),
         ("qwen_1_5", traces.language.startswith("qwen"), f"the language model is {traces.language}"),
         ("mistral_instruct", traces.language == "mistral", "the language model is mistral"),
         ("vicuna_v1", traces.projector.startswith("ldp"), f"projector {traces.projector} is MobileVLM's"),
     )
-
-
-def by_tokens(tokenizer: Any, texts: tuple[str, ...]) -> frozenset[str]:
-    """Those of `texts` that are tokens of their own in a transformers tokenizer."""
-    known = tokenizer.get_vocab()
-    return frozenset(text for text in texts if text in known)
 
 
 TELLING = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|endoftext|>", "<|end_of_text|>")

@@ -85,12 +85,17 @@ def build(
     tokens = files.write_tokenizer(own, path, (files.START, files.END) if wrapped else (), rows)
     picture = f"{files.START}{files.IMAGE}{files.END}" if wrapped else files.IMAGE
     name, why = _conversation(folder, config, text, kind, tokens, sources)
-    written = Written(conversations.named(name), picture)
+    conversation = conversations.named(name)
+    template = tokens.template if conversation is None else chat_template(conversation, picture)
+    if template is None or (conversation is None and wrapped):
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no chat template that pictures can stand in: choose another --conversation"
+        )
     edge = int(tower.config.get("image_size", 224))
     grid = translated.pinpoints(folder, config, edge) if aspect.startswith("anyres") else None
     processor = files.write_processor(folder, tower.folder, path, tower.config, aspect, grid)
-    (path / "chat_template.jinja").write_text(chat_template(written), "utf-8")
-    ids, stop = files.ends(folder, config, tokens, written.conversation.stop)
+    (path / "chat_template.jinja").write_text(template, "utf-8")
+    ids, stop = files.ends(folder, config, tokens, "<|im_end|>" if conversation is None else conversation.stop)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}), "utf-8")
     out = _config(config, text, tower, kind, aspect, tokens.image) | {"conversation": name, "stop": stop}
     if grid is not None:
@@ -109,7 +114,7 @@ def build(
             f"conversation: {name}, {why}",
         ),
         made=made,
-        conversation=written,
+        conversation=Written(conversation, picture),
     )
 
 
@@ -139,7 +144,8 @@ def _conversation(
 ) -> tuple[str, str]:
     """Name of the conversation and why."""
     if sources.conversation is not None:
-        return conversations.named(sources.conversation).name, "as --conversation says"
+        known = conversations.named(sources.conversation)
+        return conversations.OWN if known is None else known.name, "as --conversation says"
     given = config.get("_name_or_path")
     traces = conversations.Traces(
         names=(_name(folder), *([Path(given).name] if isinstance(given, str) and given else [])),
@@ -147,6 +153,7 @@ def _conversation(
         language=str(text["model_type"]),
         projector=kind,
         tokens=frozenset(token for token in conversations.TELLING if token in tokens.vocabulary),
+        template=tokens.template is not None,
     )
     name, why = conversations.choose(traces)
     return name, f"since {why}; --conversation takes another"

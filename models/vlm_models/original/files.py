@@ -185,4 +185,4 @@ def ends(folder: Path, config: Mapping[str, Any], tokens: Tokens, stop: str) -> 
         ids.append(tokens.vocabulary[tokens.eos])
     if stop in tokens.vocabulary and stop.startswith("<"):
         return list(dict.fromkeys([*ids, tokens.vocabulary[stop]])), []
-    return list(dict.fromkeys(ids)), [stop]
+    return list(dict.fromkeys(ids)), [] if stop.startswith("<|") else [stop]
