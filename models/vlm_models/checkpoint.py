@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from vlm_models.conversation import Written
 from vlm_models.errors import CheckpointError
 from vlm_models.grid import Grid
+from vlm_models.made import MadeFolder
 
 Array = npt.NDArray[Any]
 
@@ -72,7 +72,7 @@ class Checkpoint:
     fingerprint: str
     layout: str = "huggingface"
     notes: tuple[str, ...] = ()
-    made: TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+    made: MadeFolder | None = field(default=None, repr=False, compare=False)
     conversation: Written | None = None
 
     @property
