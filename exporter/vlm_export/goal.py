@@ -73,7 +73,7 @@ def measured(
     Raises InputError for flags that export something, DependencyError where the picture cannot be drawn.
     """
     from vlm_export import pareto
-    from vlm_export.pairs import calibration_pairs
+    from vlm_export.pairs import pairs_for
     from vlm_export.recommend import recommend
     from vlm_models.model import load_model
 
@@ -88,7 +88,7 @@ def measured(
     model = load_model(checkpoint, sources)
     found = recommend(
         model,
-        calibration_pairs(model.checkpoint, calibration),
+        pairs_for(model, calibration),
         budget=budget,
         max_kl=max_kl,
         algorithm=algorithm,

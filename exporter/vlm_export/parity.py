@@ -22,6 +22,7 @@ from vlm_export.reference import Reference
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckError
 from vlm_quant.recipe import Precision, Recipe, Weights
+from vlm_runtime.blocks import Blocks, blocks_of, prefill
 from vlm_runtime.bundle import Bundle
 from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import Decoder, Options, find_engine
@@ -78,6 +79,10 @@ class Runner:
     def prompt_ids(self) -> list[int]:
         return prompt_ids(self.prompt, [self.layout], Tokenizer(self.bundle).encode, self.bundle.spec.prompt)
 
+    @property
+    def blocks(self) -> Blocks:
+        return blocks_of(self.prompt_ids, self.bundle.spec)
+
     @cached_property
     def image_features(self) -> Floats:
         return self._encode("vision_encoder", self.pixel_values)
@@ -98,14 +103,14 @@ class Runner:
     def logits(self, tokens: Sequence[int]) -> Floats:
         """(len(tokens) + 1, V): after the prompt, and after each of `tokens`."""
         self.decoder.rewind(0)
-        rows = [self.decoder.prefill(self.inputs_embeds).copy()]
+        rows = [prefill(self.decoder, self.inputs_embeds, self.blocks).copy()]
         rows += [self.decoder.decode(row).copy() for row in self.table.rows(tokens)]
         return np.stack(rows)
 
     def draft(self, tokens: Sequence[int], count: int) -> list[int]:
         """This engine's own `count` greedy tokens after the prompt and `tokens`."""
         self.decoder.rewind(0)
-        logits = self.decoder.prefill(np.concatenate([self.inputs_embeds, self.table.rows(tokens)]))
+        logits = prefill(self.decoder, np.concatenate([self.inputs_embeds, self.table.rows(tokens)]), self.blocks)
         out: list[int] = []
         while len(out) < count:
             out.append(int(logits.argmax()))

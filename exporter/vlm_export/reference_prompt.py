@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_models.conversation import question, render
 from vlm_models.errors import CheckpointError
+from vlm_models.family import family_of
 from vlm_models.original.files import END, IMAGE, SOURCE, START, load_tokenizer
 from vlm_models.processor import transformers_tokenizer
 
@@ -26,6 +27,8 @@ def question_text(model: Model, text: str) -> str:
     checkpoint, picture = model.checkpoint, model.spec.prompt.picture
     if (written := checkpoint.conversation) is not None and written.conversation is not None:
         return render(written.conversation, [question(written.picture, text)])
+    if (own := getattr(family_of(checkpoint), "question", None)) is not None:
+        return str(own(picture, text))
     tokenizer = transformers_tokenizer(checkpoint)
     template = _template(checkpoint) or tokenizer.chat_template
     if not template:

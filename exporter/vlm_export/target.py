@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from vlm_export import targets
-from vlm_models.errors import DependencyError, InputError
+from vlm_models.errors import CheckpointError, DependencyError, InputError
 
 if TYPE_CHECKING:
     from vlm_export.reference import Reference
@@ -91,6 +91,16 @@ def find_target(name: str) -> Target:
         return cast(Target, importlib.import_module(f"{targets.__name__}.{name}"))
     except ModuleNotFoundError as error:
         raise not_installed(error, f"target {name!r}", name) from error
+
+
+def check_causal(spec: VLMSpec, target: str) -> None:
+    """Raise CheckpointError for a language model whose rows see those after them, which `target` cannot express."""
+    which = {"pictures": "the rows of a picture", "prompt": "the rows of a prompt"}.get(spec.language.both_ways)
+    if which is not None:
+        raise CheckpointError(
+            f"target {target!r} has causal attention only, and in this model {which} see one another both ways: "
+            "choose onnx or gguf for the language model"
+        )
 
 
 def not_installed(error: ModuleNotFoundError, what: str, extra: str) -> DependencyError:

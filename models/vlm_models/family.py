@@ -6,7 +6,8 @@ A family of whole checkpoints offers `spec(checkpoint) → VLMSpec` and, where i
 * what the reference of `vlm_export.reference` takes from transformers, so that the runtime's own way is checked by it:
   `pixel_values(checkpoint, spec, picture, pictures)`: tiles (N, 3, s, s) of one of several pictures;
   `packed(checkpoint, spec, rows, size, pictures)`: projected rows (N, T, H) of a picture of (height, width) → (R, H);
-  `prompt_ids(checkpoint, spec, prompt, pictures)`: token ids, image tokens repeated, for a list of Pillow images.
+  `prompt_ids(checkpoint, spec, prompt, pictures)`: token ids, image tokens repeated, for a list of Pillow images;
+  `question(picture, text)`: a question about one picture where no chat template of the checkpoint writes it.
 """
 
 from __future__ import annotations

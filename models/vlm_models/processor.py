@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlm_models.checkpoint import Checkpoint, read_json
 from vlm_models.errors import CheckpointError
@@ -30,14 +30,20 @@ def image_processor(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{folder}: the image processor cannot be read: {reason}") from error
 
 
-def preprocess_spec(checkpoint: Checkpoint, image_size: int) -> PreprocessSpec:
-    """PreprocessSpec of the image processor; its pictures must be `image_size` square, as the tower expects."""
+def preprocess_spec(checkpoint: Checkpoint, image_size: int, *, squashed: bool = False) -> PreprocessSpec:
+    """PreprocessSpec of the image processor; its pictures must be `image_size` square, as the tower expects.
+
+    `squashed` says that the processor resizes tiles to a square whatever do_resize says of the picture.
+    """
     p = image_processor(checkpoint)
     size, crop = dict(p.size or {}), dict(p.crop_size or {}) if getattr(p, "do_center_crop", False) else {}
     edge = int(size.get("shortest_edge") or size.get("height") or image_size)
+    resize: Literal["shortest_edge", "exact", "none"] = "shortest_edge" if "shortest_edge" in size else "exact"
+    if squashed or not p.do_resize:
+        resize = "exact" if squashed else "none"
     out = PreprocessSpec(
         size=edge,
-        resize="none" if not p.do_resize else "shortest_edge" if "shortest_edge" in size else "exact",
+        resize=resize,
         crop=int(crop.get("height", 0)),
         resample=int(p.resample),
         rescale=float(p.rescale_factor) if p.do_rescale else 1.0,
@@ -116,6 +122,30 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{checkpoint.files}: transformers cannot load its tokenizer: {reason}") from error
+
+
+def processor_ids(checkpoint: Checkpoint, prompt: str, pictures: Sequence[Any], *, special_tokens: bool) -> list[int]:
+    """Token ids of a text about Pillow images by transformers' own processor: what our prompts have to equal."""
+    from transformers import AutoProcessor
+
+    auto: Any = AutoProcessor
+    try:
+        processor = auto.from_pretrained(checkpoint.files, local_files_only=True)
+    except Exception as error:  # whatever a processor class raises on files it does not take
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint.folder}: transformers cannot load its processor: {reason}") from error
+    out = processor(images=list(pictures), text=[prompt], add_special_tokens=special_tokens)
+    return [int(token) for token in out["input_ids"][0]]
+
+
+def token_text(checkpoint: Checkpoint, token: int) -> str:
+    """The text of one token. Raises CheckpointError where the tokenizer has none of that id."""
+    from tokenizers import Tokenizer
+
+    text = Tokenizer.from_str(tokenizer_json(checkpoint)).id_to_token(token)
+    if text is None:
+        raise CheckpointError(f"{checkpoint.folder}: token {token} of config.json is not in the tokenizer")
+    return str(text)
 
 
 def _image_token(checkpoint: Checkpoint, image_token_id: int) -> str:

@@ -72,7 +72,9 @@ class LanguageSpec:
     `rope` is the rotary embedding of full layers, `rope_local` that of sliding layers where it differs (Gemma 3).
     `windows[i]` is the number of positions layer i attends to including its own, or 0 for all of them.
     `norm_offset` is added to each RMSNorm weight (1 for Gemma). `embed_multiplier` scales looked-up embeddings.
-    `fused` says that q,k,v and gate,up are stored as one matrix each (Phi-3).
+    `fused` says that q,k,v and gate,up are stored as one matrix each (Phi-3). `both_ways` says which rows of a prompt
+    see those after them too: none, those of each picture among themselves (Gemma 3), or all of them (PaliGemma,
+    whatever the windows).
     """
 
     model_type: str
@@ -101,6 +103,7 @@ class LanguageSpec:
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    both_ways: Literal["none", "pictures", "prompt"] = "none"
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,9 @@ class PromptSpec:
     `bos_token`/`eos_token` are texts for the template; `eos_token_ids` end an answer. A template writes `placeholder`
     (by default `image_token`) for one picture; `image_token` is what each of its rows has in the prompt, of which
     there are `image_tokens`, or at least so many where the picture's shape decides (`VLMSpec.tiling`). With `chunked`
-    the text around placeholders is tokenized piece by piece, BOS before the first alone (original LLaVA). An answer also
-    ends where one of the texts `stop` begins.
+    the text around placeholders is tokenized piece by piece, BOS before the first alone (original LLaVA). An answer
+    also ends where one of the texts `stop` begins. `before` and `after` are texts around the rows of a picture that is
+    not cut into tiles; without `special_tokens` the template writes all that there are, BOS among them.
     """
 
     image_token: str
@@ -172,6 +176,9 @@ class PromptSpec:
     placeholder: str | None = None
     chunked: bool = False
     stop: tuple[str, ...] = ()
+    before: str = ""
+    after: str = ""
+    special_tokens: bool = True
 
     @property
     def picture(self) -> str:

@@ -33,14 +33,18 @@ class TorchLanguage:
 
     def __init__(self, checkpoint: Checkpoint, spec: LanguageSpec, *, keep: bool) -> None:
         self.checkpoint, self.spec, self.keep = checkpoint, spec, keep
-        self.position = 0
+        self.position, self._block = 0, False
         self._kept: dict[Rows, Tensor] = {}
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._tables: dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode()
-    def forward(self, embeds: Tensor, last_row: bool = True) -> Tensor:
-        """Append embeds (S, hidden) to the cache; logits (1, vocab), or (S, vocab) without `last_row`."""
+    def forward(self, embeds: Tensor, last_row: bool = True, block: bool = False) -> Tensor:
+        """Append embeds (S, hidden) to the cache; logits (1, vocab), or (S, vocab) without `last_row`.
+
+        Rows of a `block` see one another both ways, as `spec.both_ways` says.
+        """
+        self._block = block
         logits = walk(self.spec, self, embeds.float(), last_row=last_row)
         self.position += embeds.shape[0]
         return logits
@@ -71,6 +75,10 @@ class TorchLanguage:
             keys, values = torch.cat([old_keys, keys], 1), torch.cat([old_values, values], 1)
         self._cache[a.layer] = keys, values
         distance = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)[None]
+        if self._block:  # transformers: a picture's rows look ahead within a window, a prompt's wherever they are
+            distance = distance.clamp(min=0)
+            if self.spec.both_ways == "prompt":
+                distance[:, start:] = 0
         return self.attend(queries, keys, values, distance, a)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, distance: Tensor, attention: Attention) -> Tensor:

@@ -18,9 +18,27 @@ from vlm_models.vlm_config import read_config
 
 
 class Encoder(nn.Module):
-    """What a family's vision encoder is: `tower` holds the weights of "vision_tower.…"."""
+    """What a family's vision encoder is: `tower` holds the weights of "vision_tower.…".
+
+    `unused` are beginnings of their names that never reach the features, as SigLIP's pooling head and the norm before
+    pooling never reach LLaVA's; many checkpoints leave them out.
+    """
 
     tower: nn.Module
+    unused: tuple[str, ...] = ("head.", "post_layernorm.")
+
+
+class LastState(Encoder):
+    """pixel_values (N, 3, s, s) → image_features (N, image_tokens, feature_size): the tower's output, norm and all."""
+
+    unused = ("head.",)
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.as_tensor(self.tower(pixel_values, return_dict=True).last_hidden_state)
 
 
 class VisionEncoder(Encoder):
@@ -40,7 +58,7 @@ class VisionEncoder(Encoder):
 def load_vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
     """The tower with the checkpoint's weights, float32, eval."""
     encoder = _encoder(checkpoint, spec)
-    _fill(encoder.tower, checkpoint, "vision_tower.")
+    _fill(encoder.tower, checkpoint, "vision_tower.", encoder.unused)
     return encoder.eval()
 
 
@@ -53,15 +71,13 @@ def load_projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:
 
 def required(checkpoint: Checkpoint, spec: VLMSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes that tower and projector need of the checkpoint."""
-    parts = {
-        "vision_tower.": _encoder(checkpoint, spec).tower,
-        "multi_modal_projector.": _projector(checkpoint, spec),
-    }
+    encoder, projector = _encoder(checkpoint, spec), _projector(checkpoint, spec)
+    parts = (("vision_tower.", encoder.tower, encoder.unused), ("multi_modal_projector.", projector, ()))
     return {
         prefix + name: tuple(tensor.shape)
-        for prefix, module in parts.items()
+        for prefix, module, unused in parts
         for name, tensor in module.state_dict().items()
-        if not _unused(name)
+        if not name.startswith(unused)
     }
 
 
@@ -92,18 +108,18 @@ def tower(checkpoint: Checkpoint) -> nn.Module:
     return made
 
 
-def _unused(name: str) -> bool:
-    """SigLIP's pooling head and the norm before pooling never reach LLaVA; many checkpoints leave them out."""
-    return name.startswith(("head.", "post_layernorm."))
+def unused(name: str) -> bool:
+    """Whether a tensor of a tower, named without its prefix, is one that LLaVA's encoders leave out."""
+    return name.startswith(Encoder.unused)
 
 
-def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, unused: tuple[str, ...] = ()) -> None:
     state = {}
     for name, tensor in module.state_dict().items():
         if prefix + name in checkpoint:
             state[name] = as_float32(checkpoint, prefix + name)
             checkpoint.release(prefix + name)
-        elif _unused(name):
+        elif name.startswith(unused):
             state[name] = torch.zeros(tensor.shape)
         else:
             raise CheckpointError(f"{checkpoint.folder}: tensor {prefix + name!r} is missing")

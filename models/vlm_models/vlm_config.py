@@ -63,6 +63,24 @@ def vision(checkpoint: Checkpoint, config: Any) -> VisionSpec:
     )
 
 
+def last_state(checkpoint: Checkpoint, config: Any) -> VisionSpec:
+    """VisionSpec of a tower whose output as a whole is taken, its last norm included."""
+    if config.image_size < config.patch_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: image_size {config.image_size} is less than a patch of {config.patch_size}"
+        )
+    return VisionSpec(
+        model_type=config.model_type,
+        image_size=int(config.image_size),
+        patch_size=int(config.patch_size),
+        hidden_size=int(config.hidden_size),
+        layers=int(config.num_hidden_layers),
+        feature_layers=(-1,),
+        select_strategy="full",
+        image_tokens=int(family.find(config.model_type, "positions", "vision tower").positions(config)),
+    )
+
+
 def language(checkpoint: Checkpoint, config: Any) -> LanguageSpec:
     """LanguageSpec of text_config; tied where config.json says so and the file holds no other head."""
     text = config.text_config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 
 from vlm_models.errors import InputError
+from vlm_runtime.blocks import Blocks, prefill, whole_blocks
 from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import Decoder, Floats
 from vlm_runtime.sampling import Sampler, Sampling
@@ -72,13 +73,15 @@ class Picture:
 class Request:
     """A checked prompt: expanded `ids`, what each row will be (`keys`), pictures of `image_tokens` rows in all.
 
-    `room` is how many tokens fit after it; `reuse` keeps the beginning that the KV cache already holds.
+    `blocks` are rows that see one another; `room` is how many tokens fit after it; `reuse` keeps the beginning that
+    the KV cache already holds.
     """
 
     ids: tuple[int, ...]
     keys: tuple[Key, ...]
     pictures: tuple[Picture, ...]
     image_tokens: int
+    blocks: Blocks
     sampling: Sampling
     stop: tuple[str, ...]
     max_new_tokens: int
@@ -94,11 +97,11 @@ class Context:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._keys, self.turn = decoder, list[Key](), 0
 
-    def begin(self, keys: Sequence[Key], reuse: bool) -> int:
+    def begin(self, keys: Sequence[Key], reuse: bool, blocks: Blocks) -> int:
         """A new turn: rewind to the longest common beginning (all but one key at most); its length."""
         self.turn += 1
         limit = min(len(self._keys), self._decoder.position, len(keys) - 1) if reuse else 0
-        common = next((i for i in range(limit) if self._keys[i] != keys[i]), limit)
+        common = whole_blocks(next((i for i in range(limit) if self._keys[i] != keys[i]), limit), blocks)
         del self._keys[common:]
         self._decoder.rewind(common)
         return common
@@ -109,9 +112,9 @@ class Context:
         self._keys.clear()
         return self._decoder
 
-    def prefill(self, embeds: Floats, keys: Sequence[Key]) -> Floats:
-        """Append rows (S, H); logits (V,)."""
-        logits = self._decoder.prefill(embeds)
+    def prefill(self, embeds: Floats, keys: Sequence[Key], blocks: Blocks) -> Floats:
+        """Append rows (S, H), `blocks` of which see one another; logits (V,)."""
+        logits = prefill(self._decoder, embeds, blocks)
         self._keys.extend(keys)
         return logits
 
@@ -201,7 +204,7 @@ def _prefill(speaker: Speaker, request: Request) -> Floats:
     """Encode the pictures whose rows are not in the KV cache, splice, prefill; the logits after the prompt."""
     times = request.timings_ms
     times.update(vision=0.0, projector=0.0)
-    kept = speaker.context.begin(request.keys, request.reuse)
+    kept = speaker.context.begin(request.keys, request.reuse, request.blocks)
     known = sum(isinstance(key, bytes) for key in request.keys[:kept])
     rows, end = [], 0
     for picture in request.pictures:
@@ -209,6 +212,8 @@ def _prefill(speaker: Speaker, request: Request) -> Floats:
         if end > known:
             rows.append(speaker.picture_rows(picture, times)[known - end :])
     start = time.perf_counter()
-    logits = speaker.context.prefill(splice(request.ids[kept:], rows, speaker.embedding), request.keys[kept:])
+    blocks = [(a - kept, b - kept) for a, b in request.blocks if a >= kept]
+    embeds = splice(request.ids[kept:], rows, speaker.embedding)
+    logits = speaker.context.prefill(embeds, request.keys[kept:], blocks)
     times["prefill"] = milliseconds(start)
     return logits

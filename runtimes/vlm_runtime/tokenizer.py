@@ -34,15 +34,15 @@ class Tokenizer:
         self._tokenizer.no_padding()
         if known not in self._tokenizer.get_added_tokens_decoder():  # else it would be cut into pieces
             self._tokenizer.add_special_tokens([tokenizers.AddedToken(prompt.image_token, normalized=False)])
-        self._bos = prompt.bos_token
+        self._bos, self._special = prompt.bos_token, prompt.special_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids of `text`, with the special tokens of the tokenizer unless the text starts with BOS itself.
+        """Token ids of `text`, with the tokenizer's special tokens unless the text has its own (or begins with BOS).
 
         That is what transformers does with a rendered conversation. Raises PromptError for text that is not Unicode.
         """
         if add_special_tokens is None:
-            add_special_tokens = not (self._bos and text.startswith(self._bos))
+            add_special_tokens = self._special and not (self._bos and text.startswith(self._bos))
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except Exception as error:  # a lone surrogate: UnicodeEncodeError or TypeError, by version

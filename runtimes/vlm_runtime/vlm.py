@@ -14,6 +14,7 @@ import numpy as np
 
 from vlm_models.errors import PromptError
 from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Speaker, milliseconds, speak, split_settings
+from vlm_runtime.blocks import blocks_of
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
 from vlm_runtime.embedding import EmbeddingTable
@@ -181,6 +182,7 @@ class VLM:
             keys=tuple(next(digests) if token == spec.image_token_id else token for token in ids),
             pictures=pictures,
             image_tokens=image_tokens,
+            blocks=blocks_of(ids, self.spec),
             sampling=sampling,
             stop=(*stop, *spec.stop),
             max_new_tokens=max_new_tokens,

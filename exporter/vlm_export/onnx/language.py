@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from vlm_export.onnx.block import block_attention
 from vlm_export.onnx.graph import MICROSOFT, Graph
 from vlm_export.onnx.linear import Linears, Weight
 from vlm_export.target import Progress
@@ -115,15 +116,18 @@ class OnnxLanguage:
             self.graph.input(name, FLOAT, shape)
         for name in present:
             self.graph.output(name, FLOAT, shape)
-        if (packed := _untouched(q, k, v)) is not None and self._alike(packed.group):
+        packed = _untouched(q, k, v) if self.spec.both_ways == "none" else None
+        if packed is not None and self._alike(packed.group):
             qkv = [self._write(packed.x, packed.group, f"{layer}.qkv_proj"), "", ""]
         else:
             qkv = [self._read(q), self._read(k), self._read(v)]
+        both = self.spec.both_ways != "none"
+        out = f"{layer}.causal" if both else f"{layer}.attention"
         inputs = [*qkv, *past, "seqlens_k", "total_sequence_length", *self._rope(a.rope)]
         self.graph.node(
             "GroupQueryAttention",
             inputs,
-            [f"{layer}.attention", *present],
+            [out, *present],
             MICROSOFT,
             num_heads=a.heads,
             kv_num_heads=a.kv_heads,
@@ -133,6 +137,8 @@ class OnnxLanguage:
             do_rotary=1,
             rotary_interleaved=0,
         )
+        if both:
+            block_attention(self.graph, qkv[0], out, a, self._rope(a.rope), self.spec.both_ways)
         self._progress("language_model", a.layer + 1, self.spec.layers + 1)
         return Edge(f"{layer}.attention")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.preflight import weights
-from vlm_export.target import Job
+from vlm_export.target import Job, check_causal
 from vlm_models.errors import CheckpointError, DependencyError, RecipeError
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
@@ -47,6 +47,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
                 f"target 'coreai' has no precision {str(precision)!r} for the {part}: choose of {', '.join(BYTES)}"
             )
     if "language_model" in parts:
+        check_causal(spec, "coreai")
         _expressible(spec, max_context)
     for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:

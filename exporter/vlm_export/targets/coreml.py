@@ -14,7 +14,7 @@ from vlm_export.coreml.lint import notes
 from vlm_export.coreml.vision import EncoderPart, convert_encoder
 from vlm_export.preflight import weight_bytes, weights
 from vlm_export.rules import check_rules, kept_note, language_layers
-from vlm_export.target import Job
+from vlm_export.target import Job, check_causal
 from vlm_models.errors import DependencyError
 from vlm_models.model import Model
 from vlm_models.spec import VLMSpec
@@ -43,6 +43,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
     for part in parts:
         check_coreml(getattr(recipe, RECIPE_PARTS[part]), part)
     if "language_model" in parts:
+        check_causal(spec, "coreml")
         check_rules(recipe.language, language_layers(spec.language), "language_model")
     if importlib.util.find_spec("coremltools") is None:
         raise DependencyError("target 'coreml' needs coremltools: pip install 'vlm-export[coreml]'")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from onnx import TensorProto
 
+from vlm_export.onnx.block import declare
 from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.language import Edge, OnnxLanguage
 from vlm_export.onnx.linear import Linears
@@ -98,6 +99,8 @@ def language_model(
         graph.input("inputs_embeds", TensorProto.FLOAT, (1, "rows", spec.language.hidden_size))
         graph.input("seqlens_k", TensorProto.INT32, (1,))
         graph.input("total_sequence_length", TensorProto.INT32, ())
+        if spec.language.both_ways != "none":
+            declare(graph)
         emitter = OnnxLanguage(graph, checkpoint, spec.language, precision, max_context, progress)
         emitter.finish(walk(spec.language, emitter, Edge("inputs_embeds")))
         return _save(graph, spec, "language_model", precision, emitter.linear_layers.tally.details())

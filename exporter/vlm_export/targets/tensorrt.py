@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vlm_export.activation_ranges import ActivationRanges, language_ranges, vision_ranges
 from vlm_export.preflight import weight_bytes
 from vlm_export.rules import check_rules, language_layers
-from vlm_export.target import Job
+from vlm_export.target import Job, check_causal
 from vlm_export.tensorrt.build import build_engines
 from vlm_export.tensorrt.devices import opset_of
 from vlm_export.tensorrt.language import language_model
@@ -52,6 +52,7 @@ def requires(recipe: Recipe, spec: VLMSpec, parts: Collection[str], max_context:
                     f"choose of {', '.join((*WORDS, *TENSORRT_TYPES))}"
                 )
     if "language_model" in parts:
+        check_causal(spec, "tensorrt")
         check_rules(recipe.language, language_layers(spec.language), "language_model")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_models.errors import BundleError, InputError, PromptError
+from vlm_models.spec import VLMSpec
 from vlm_runtime import llama
 from vlm_runtime.engine import Encoder, Floats, KVCache, Options, thread_count
 from vlm_runtime.gguf_header import check_language_model, read_header
@@ -43,13 +44,19 @@ def decoder(bundle: Bundle, options: Options) -> GgufDecoder:
         hidden_size=language.hidden_size,
         vocab_size=language.vocab_size,
         max_context=min(options.max_context or bundle.manifest.max_context, bundle.manifest.max_context),
-        prefill_chunk=options.prefill_chunk,
+        prefill_chunk=max(options.prefill_chunk, _block(bundle.spec)),
         threads=thread_count(options),
         kv_cache=kv_cache,
         flash_attention=flash_attention,
         embed_scale=_embed_scale(part),
         gpu=options.device == "cuda",
     )
+
+
+def _block(spec: VLMSpec) -> int:
+    """Rows that must go in at once because they see one another; as many as the context has where it is all of them."""
+    language = spec.language
+    return {"none": 0, "pictures": spec.tile_tokens, "prompt": language.max_positions}[language.both_ways]
 
 
 def attention_choice(precision: str, options: Options) -> tuple[KVCache, bool | None]:
@@ -131,6 +138,18 @@ class GgufDecoder:
             self._wanted[count - 1] = start + count == embeds.shape[0]
             self._run(count)
         return self._last()
+
+    def prefill_block(self, embeds: Floats) -> Floats:
+        """Append rows (S, H) which see each other, at once; the logits (V,) after the last one."""
+        if len(embeds) > len(self._rows):
+            raise PromptError(
+                f"{len(embeds)} rows that see one another are more than {len(self._rows)}, which fit: shorten the prompt"
+            )
+        self._lib.llama_set_causal_attn(self._ctx, False)
+        try:
+            return self.prefill(embeds)
+        finally:
+            self._lib.llama_set_causal_attn(self._ctx, True)
 
     def decode(self, embed: Floats) -> Floats:
         """Append one row (H,); its logits (V,)."""

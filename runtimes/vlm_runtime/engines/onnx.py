@@ -88,6 +88,8 @@ class OnnxDecoder:
         self._last: Floats = self._logits[0, 0]
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
+        takes = [one.name for one in session.get_inputs()]
+        self._block = np.zeros((), np.bool_) if "block" in takes else None
         self._keys_and_values = _cache(session, cache, max_context)
         self._prefill, self._decode = self._binding(), self._binding()
         self._decode.bind_ortvalue_input("inputs_embeds", _value(self._embed))
@@ -104,6 +106,18 @@ class OnnxDecoder:
             self._prefill.bind_ortvalue_input("inputs_embeds", _value(rows[None]))
             self._run(self._prefill, rows.shape[0])
         return self._last
+
+    def prefill_block(self, embeds: Floats) -> Floats:
+        """Append rows (S, H) which see each other, in one piece; the logits (V,) after the last one."""
+        if self._block is None:
+            raise BundleError("language_model lets no row see those after it: export the model again")
+        chunk, self._chunk = self._chunk, len(embeds)
+        self._block[...] = True
+        try:
+            return self.prefill(embeds)
+        finally:
+            self._chunk = chunk
+            self._block[...] = False
 
     def decode(self, embed: Floats) -> Floats:
         """Append one row (H,); its logits (V,)."""
@@ -141,6 +155,8 @@ class OnnxDecoder:
     def _bind_lengths(self, binding: Any) -> None:
         binding.bind_ortvalue_input("seqlens_k", _value(self._seqlens_k))
         binding.bind_ortvalue_input("total_sequence_length", _value(self._total))
+        if self._block is not None:
+            binding.bind_ortvalue_input("block", _value(self._block))
 
     def _check_room(self, rows: int) -> None:
         if self.position + rows > self.max_context:

@@ -13,7 +13,8 @@ from vlm_runtime.tiling import Layout, Size
 
 def layout(size: Size, spec: VLMSpec, pictures: int) -> Layout:
     """One tile, and as many rows as the projector gives."""
-    return Layout(size=size, grid=(1, 1), tiles=1, text=spec.prompt.image_token, runs=(spec.prompt.image_tokens,))
+    text = spec.prompt.before + spec.prompt.image_token + spec.prompt.after
+    return Layout(size=size, grid=(1, 1), tiles=1, text=text, runs=(spec.prompt.image_tokens,))
 
 
 def tiles(image: Image.Image, spec: VLMSpec, layout: Layout) -> NDArray[np.float32]:
