@@ -70,9 +70,10 @@ def compute_reference(
     """
     import torch
 
+    from vlm_export.reference_adapter import as_trained
     from vlm_export.reference_projector import projected
 
-    steps = tokens + 3
+    model, steps = as_trained(model), tokens + 3
     with Image.open(picture) as opened:
         image = opened.convert("RGB")
     ids, pixels = prompt_ids(model, prompt, [image]), pixel_values(model, image)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from vlm_models.conversation import Written
@@ -20,16 +21,36 @@ from vlm_models.made import MadeFolder
 
 Array = npt.NDArray[Any]
 
+ADAPTER = "adapter_config.json"
+PIECES = ("non_lora_trainables.bin", "mm_projector.bin")  # what training saves beside an adapter, or alone
 DTYPES = ("F32", "F16", "BF16")
 _SAMPLE = 4096  # bytes of each end of a tensor that enter the fingerprint
 _PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix (R, C, …) of R rows: scale · up (R, r) @ down (r, C · …), in float32."""
+
+    up: Array
+    down: Array
+    scale: float
+
+    def add(self, rows: Array, start: int, stop: int | None) -> Array:
+        """Rows start:stop of the matrix with what is added to them, a new float32 array of the same shape."""
+        added = self.up[start:stop].astype(np.float32) @ self.down.astype(np.float32)
+        added *= np.float32(self.scale)
+        out: Array = rows.astype(np.float32)
+        out += added.reshape(rows.shape)
+        return out
+
+
+@dataclass(frozen=True)
 class Stored:
     """One tensor on disk: `array` is a view of the mapped file; `span` its bytes there, for dropping pages.
 
-    `grid` says on which values a quantizer has put it, so that packing finds the same integers again.
+    `grid` says on which values a quantizer has put it, so that packing finds the same integers again. With `low_rank`
+    the tensor is more than `array`, and its dtype F32.
     """
 
     dtype: str
@@ -37,6 +58,7 @@ class Stored:
     map: mmap.mmap | None = None
     span: tuple[int, int] = (0, 0)
     grid: Grid | None = None
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,8 @@ class Checkpoint:
     Whatever the layout of the folder, `config` and the tensors' names are those of Hugging Face's layout, and `files`
     is a folder that holds processor, tokenizer and chat template as transformers reads them: `folder` itself, or one
     made from it that lives as long as `made`. `notes` say in sentences what was found and chosen on the way.
-    `conversation` is how LLaVA's original code writes its prompts, where the checkpoint is of that code.
+    `conversation` is how LLaVA's original code writes its prompts, where the checkpoint is of that code. `adapted` are
+    the tensors that an adapter changes or replaces.
     """
 
     folder: Path
@@ -74,6 +97,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     made: MadeFolder | None = field(default=None, repr=False, compare=False)
     conversation: Written | None = None
+    adapted: frozenset[str] = frozenset()
 
     @property
     def files(self) -> Path:
@@ -101,8 +125,13 @@ class Checkpoint:
         return self._get(name).dtype
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start:stop of the tensor: a read-only view of the mapped file in its own dtype (bf16 as ml_dtypes)."""
-        return self._get(name).array[start:stop]
+        """Rows start:stop of the tensor: a read-only view of the mapped file in its own dtype (bf16 as ml_dtypes).
+
+        Of a tensor with an adapter a new float32 array, computed on each call.
+        """
+        stored = self._get(name)
+        rows: Array = stored.array[start:stop]
+        return rows if stored.low_rank is None else stored.low_rank.add(rows, start, stop)
 
     def grid(self, name: str) -> Grid | None:
         """The values on which a quantizer has put the tensor; None for one as it was trained."""
@@ -124,7 +153,10 @@ def open_checkpoint(path_or_hub_id: str | Path, sources: Sources = NO_SOURCES) -
     from vlm_models.layout import find_layout  # layouts are made of what this file defines
 
     folder = local_folder(path_or_hub_id)
-    config = read_json(folder / "config.json", "is not a Hugging Face checkpoint")
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        config: dict[str, Any] = {}  # PEFT saves none: the base model's counts
+    else:
+        config = read_json(folder / "config.json", "is not a Hugging Face checkpoint")
     return find_layout(folder, config).open_folder(folder, config, sources)
 
 
@@ -158,7 +190,7 @@ def _download(hub_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", *PIECES]
     try:
         listing = huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
@@ -173,7 +205,7 @@ def _download(hub_id: str) -> Path:
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> str:
-    """SHA-256 over the config and, of every tensor, name, dtype, shape and both ends."""
+    """SHA-256 over the config and, of every tensor, name, dtype, shape and both ends; of adapters every number."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
         stored = tensors[name]
@@ -182,4 +214,8 @@ def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> str
         count = _SAMPLE // flat.dtype.itemsize
         digest.update(flat[:count].tobytes())
         digest.update(flat[-count:].tobytes())
+        if stored.low_rank is not None:
+            digest.update(repr(stored.low_rank.scale).encode())
+            digest.update(stored.low_rank.up.tobytes())
+            digest.update(stored.low_rank.down.tobytes())
     return digest.hexdigest()

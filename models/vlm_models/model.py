@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vlm_models.torch_language import TorchLanguage
     from vlm_models.vision import Encoder
 
+_AFTER_FEATURES = ("vision_tower.head.", "vision_tower.post_layernorm.")  # trained or not, no feature comes from them
+
 
 class Model:
     """The three parts of a checkpoint. Modules are float32, in eval mode and loaded on first use."""
@@ -65,7 +67,14 @@ def check_tensors(checkpoint: Checkpoint, spec: VLMSpec) -> None:
     """Raises CheckpointError naming the first tensor that is missing or of a wrong shape, with both shapes."""
     from vlm_models.vision import required
 
-    for name, shape in [*language_tensors(spec), *required(checkpoint, spec).items()]:
+    needed = {**dict(language_tensors(spec)), **required(checkpoint, spec)}
+    extra = {"image_newline"} if spec.tiling is not None and spec.tiling.newline else set()
+    for name in sorted(checkpoint.adapted - set(needed) - extra):
+        if not name.startswith(_AFTER_FEATURES):
+            raise CheckpointError(
+                f"{checkpoint.folder}: the adapter's {name!r} has no place in the model and would be dropped"
+            )
+    for name, shape in needed.items():
         if name not in checkpoint:
             raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} is missing; expected shape {shape}")
         if (found := checkpoint.shape(name)) != shape:
