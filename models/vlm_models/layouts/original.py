@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm_models import conversations
 from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint, local_folder
 from vlm_models.conversation import Written, chat_template
 from vlm_models.errors import CheckpointError
+from vlm_models.made import MadeFolder
 from vlm_models.original import config as translated
 from vlm_models.original import files, names
 from vlm_models.original.tower import Tower, find_tower
@@ -78,7 +78,7 @@ def build(
     aspect = translated.aspect(folder, config)
     tower = find_tower(folder, config, tensors, sources)
     tensors = names.like_transformers(kind, {**tensors, **tower.tensors})
-    made = TemporaryDirectory(prefix="vlm-original-")
+    made = MadeFolder()
     path, rows = Path(made.name), tensors[_TABLE].array.shape[0]
     wrapped = bool(config.get("mm_use_im_start_end"))
     own = folder if tokenizer is None or _has_tokenizer(folder) else tokenizer
@@ -123,10 +123,9 @@ def _config(
 ) -> dict[str, Any]:
     """config.json as LlavaConfig, LlavaNextConfig or LlavaOnevisionConfig has it."""
     vision, carried = dict(tower.config), int(tower.config.get("num_hidden_layers", tower.layers))
-    tiled = aspect.startswith("anyres")
-    clip = vision["model_type"] == "clip_vision_model"
+    shrunk = aspect.startswith("anyres_max_")  # what LLaVA-OneVision added
     out = {
-        "model_type": "llava" if not tiled else "llava_next" if clip else "llava_onevision",
+        "model_type": "llava_onevision" if shrunk else "llava_next" if aspect == "anyres" else "llava",
         "text_config": dict(text),
         "vision_config": vision,
         "image_token_index": image,
@@ -136,7 +135,7 @@ def _config(
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
         **translated.vision_part(config, vision["model_type"], carried, tower.layers),
     }
-    return out | ({"vision_aspect_ratio": aspect} if tiled and not clip else {})
+    return out | ({"vision_aspect_ratio": aspect} if shrunk else {})
 
 
 def _conversation(

@@ -161,7 +161,7 @@ def write_processor(
     }
     square = {"height": edge, "width": edge}
     cropped = {"size": {"shortest_edge": edge}, "crop_size": square, "do_center_crop": True}
-    if aspect.startswith("anyres") and clip:
+    if aspect == "anyres":
         out |= {"image_processor_type": "LlavaNextImageProcessor", **cropped, "image_grid_pinpoints": pinpoints}
     elif aspect.startswith("anyres"):
         kind = "LlavaOnevisionImageProcessor"
