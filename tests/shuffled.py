@@ -1,11 +1,13 @@
-"""Tiny random InternVL, Idefics3 and SmolVLM checkpoints, written by transformers itself, and its answers to them."""
+"""Tiny random InternVL, Idefics3 and SmolVLM checkpoints, written by transformers itself, and what it makes of them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -15,6 +17,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from checkpoints import tiny_tokenizer
+from vlm_export.reference import picture_rows, prompt_ids, spliced
+from vlm_models.model import load_model
+from vlm_runtime.vlm import VLM
 
 CONTEXT, FAKE, OVERVIEW = "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>"
 INTERNVL_CHAT = (
@@ -158,28 +163,76 @@ def save(model: Any, tokenizer: Any, folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def truth(folder: Path, prompt: str, pictures: Sequence[Image.Image], tokens: int) -> tuple[list[int], Any, list[int]]:
-    """What transformers' own processor and model make of it: prompt ids, logits of the last row, greedy tokens."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+@functools.cache
+def hf_model(folder: Path) -> Any:
+    """transformers' own model of the folder, fp32, eager attention."""
+    model: Any = transformers.AutoModelForImageTextToText
+    return model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def theirs(folder: Path, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """What transformers' processor gives its model; those of InternVL and SmolVLM take packages for videos."""
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    images: Any = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    if config.model_type == "internvl":  # the processor itself takes torchvision, for videos
-        inputs = images(images=list(pictures), crop_to_patches=True, return_tensors="pt")
+    if config.model_type == "internvl":
+        inputs = dict(images(images=list(pictures), crop_to_patches=True, return_tensors="pt"))
         counts = inputs.pop("num_patches").tolist()
-        pieces = prompt.split(CONTEXT)
         around = [f"<img>{CONTEXT * (config.image_seq_length * n)}</img>" for n in counts]
-        text = "".join(p + a for p, a in zip(pieces, [*around, ""], strict=True))
-        inputs["input_ids"] = tokenizer(text, return_tensors="pt")["input_ids"]
-    else:
-        made = transformers.Idefics3Processor(images, tokenizer, image_seq_len=model.model.image_seq_len)
-        inputs = made(text=[prompt], images=list(pictures), return_tensors="pt")
-    inputs.pop("token_type_ids", None)
+        text = "".join(p + a for p, a in zip(prompt.split(CONTEXT), [*around, ""], strict=True))
+        return {**inputs, "input_ids": tokenizer(text, return_tensors="pt")["input_ids"]}
+    rows = hf_model(folder).model.image_seq_len
+    made = transformers.Idefics3Processor(images, tokenizer, image_seq_len=rows)
+    inputs = dict(made(text=[prompt], images=[list(pictures)], return_tensors="pt"))
+    return {name: inputs[name] for name in ("input_ids", "pixel_values", "pixel_attention_mask")}
+
+
+def their_logits(folder: Path, inputs: Mapping[str, Any], tokens: Sequence[int]) -> np.ndarray:
+    """Logits (len(tokens) + 1, V) of transformers' own model after the prompt, and after each of `tokens`."""
     with torch.inference_mode():
-        logits = model(**inputs).logits[0, -1].numpy()
-        model.generation_config.eos_token_id = None
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    ids = inputs["input_ids"][0].tolist()
-    return ids, logits, out[0, len(ids) :].tolist()
+        out = hf_model(folder)(**inputs, use_cache=True)
+        rows = [out.logits[0, -1:]]
+        if tokens:  # an answer may hold the image token, which is then one like any other
+            more = torch.tensor([list(tokens)])
+            rows.append(hf_model(folder)(input_ids=more, past_key_values=out.past_key_values).logits[0])
+    logits: np.ndarray = torch.cat(rows).numpy()
+    return logits
+
+
+def check_pictures(vlm: VLM, folder: Path, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """The runtime's tiles and prompt ids are those of transformers, which are returned."""
+    inputs = theirs(folder, prompt, pictures)
+    want = inputs["pixel_values"].numpy()
+    got = np.concatenate([vlm.picture(picture, len(pictures)).pixels for picture in pictures])
+    assert got.shape == want.shape[-4:]
+    np.testing.assert_allclose(got, want.reshape(got.shape), rtol=0, atol=1e-6)
+    assert list(vlm.request(prompt, pictures, {}, started=0.0).ids) == inputs["input_ids"][0].tolist()
+    return inputs
+
+
+def check_answer(vlm: VLM, folder: Path, prompt: str, pictures: Sequence[Image.Image], tokens: int = 12) -> None:
+    """The runtime's pictures, prompt and greedy answer are those of transformers."""
+    inputs = check_pictures(vlm, folder, prompt, pictures)
+    answer = vlm.answer(prompt, pictures, raw=True, max_new_tokens=tokens)
+    logits = their_logits(folder, inputs, answer.token_ids[:-1])
+    assert list(answer.token_ids) == logits.argmax(-1).tolist()
+    assert len(answer.token_ids) == tokens or answer.token_ids[-1] in vlm.spec.prompt.eos_token_ids
+
+
+def check_reference(folder: Path, prompt: str, pictures: Sequence[Image.Image]) -> None:
+    """What the parity gate compares with is what transformers computes."""
+    model, inputs = load_model(folder), theirs(folder, prompt, pictures)
+    ids = prompt_ids(model, prompt, pictures)
+    assert ids == inputs["input_ids"][0].tolist()
+    rows = torch.cat([picture_rows(model, picture, len(pictures)) for picture in pictures])
+    logits = model.language_model().forward(spliced(model, ids, rows))[0].numpy()
+    want = their_logits(folder, inputs, [])[0]
+    assert float(np.linalg.norm(logits - want) / np.linalg.norm(want)) <= 1e-4
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture of (width, height) with structure at every scale."""
+    width, height = size
+    rng = np.random.default_rng(seed + 7 * width + height)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(size)
+    return Image.fromarray(np.clip(np.asarray(coarse) + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ def spec_of(checkpoint: Checkpoint, fake: str, overview: str) -> VLMSpec:
     config = _config(checkpoint)
     vision, language = _vision(checkpoint, config), vlm_config.language(checkpoint, config)
     projector = _projector(checkpoint, config, vision, language)
-    preprocess = dataclasses.replace(preprocess_spec(checkpoint, vision.image_size), resize="exact")
     return VLMSpec(
         family=str(config.model_type),
         name=checkpoint.name,
@@ -39,7 +37,7 @@ def spec_of(checkpoint: Checkpoint, fake: str, overview: str) -> VLMSpec:
         vision=vision,
         projector=projector,
         language=language,
-        preprocess=preprocess,
+        preprocess=preprocess_spec(checkpoint, vision.image_size, squashed=True),
         prompt=prompt_spec(checkpoint, config, projector.out_tokens or 0),
         tiling=_tiling(checkpoint, vision.image_size, fake, overview),
     )

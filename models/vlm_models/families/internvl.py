@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
     vision, language = _vision(checkpoint, config), vlm_config.language(checkpoint, config)
     projector = _projector(checkpoint, config, vision, language)
     processor = image_processor(checkpoint)
-    preprocess = dataclasses.replace(preprocess_spec(checkpoint, vision.image_size), resize="exact")
     return VLMSpec(
         family="internvl",
         name=checkpoint.name,
@@ -36,7 +34,7 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         vision=vision,
         projector=projector,
         language=language,
-        preprocess=preprocess,
+        preprocess=preprocess_spec(checkpoint, vision.image_size, squashed=True),
         prompt=prompt_spec(checkpoint, config, projector.out_tokens or 0),
         tiling=TilingSpec(
             rule="ratio",
