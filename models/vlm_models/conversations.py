@@ -94,7 +94,7 @@ class Traces:
     """What a checkpoint shows of the conversation it was trained on.
 
     `names` are those of its folder and of `_name_or_path`; `language` is its language model's model_type, `projector`
-    its mm_projector_type, `model_type` that of the original config; `tokens` are those of TELLING its tokenizer has,
+    its mm_projector_type, `model_type` that of the original config; `tokens` are those of TELLING that it has,
     `template` whether that has a chat template.
     """
 
