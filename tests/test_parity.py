@@ -17,7 +17,8 @@ from torch import Tensor
 from checkpoints import hf_model
 from conftest import MakeTiny
 from vlm_export import golden, parity
-from vlm_export.reference import Reference, compute_reference, decode, decode_drafts, looked_up
+from vlm_export.greedy import decode, decode_drafts
+from vlm_export.reference import Reference, compute_reference, looked_up
 from vlm_models.errors import CheckError
 from vlm_models.model import Model, load_model
 from vlm_quant.recipe import parse_recipe

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm_export import goal, golden, parity, preflight, shared, write
 from vlm_export.algorithms import SAMPLES, changed_copies, check_algorithm
 from vlm_export.decisions import decide_all, grids_of, recorded
-from vlm_export.pairs import calibration_pairs
+from vlm_export.pairs import pairs_for
 from vlm_export.reference import compute_reference, prompt_ids
 from vlm_export.reference_prompt import question_text
 from vlm_export.target import Job, Progress, Target, find_target, not_installed, silent
@@ -98,7 +98,7 @@ def export(
     model = _load(checkpoint, sources, output, chosen)
     for note in model.checkpoint.notes:
         tell(note)
-    pairs = calibration_pairs(model.checkpoint, calibration)
+    pairs = pairs_for(model, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
     context = base.max_context if base else preflight.context_of(model.spec, max_context)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vlm_export.greedy import Blocks, Draft, decode, decode_drafts
 from vlm_export.reference_prompt import original_ids
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
@@ -21,14 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlm_models.model import Model
-    from vlm_models.torch_language import TorchLanguage
 
 Floats = npt.NDArray[np.float32]
-Draft = Callable[[Sequence[int], int], Sequence[int]]
-"""draft(tokens, n): a guess of the n greedy tokens after the prompt and `tokens`; wrong guesses cost time only."""
-
 _EMBEDDING = "language_model.embed_tokens.weight"
-_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,10 @@ def compute_reference(
             progress("reference", 3 + count, steps)
 
         if kept:
-            logits, greedy = decode(language, embeds, embed, tokens, reached)
+            logits, greedy = decode(language, embeds, embed, tokens, reached, blocks=blocks_of(model, ids))
         else:
-            logits, greedy = decode_drafts(language, embeds, embed, tokens, draft, reached)
+            blocks = blocks_of(model, ids)
+            logits, greedy = decode_drafts(language, embeds, embed, tokens, draft, reached, blocks=blocks)
     progress("reference", steps, steps)
     how = f"torch float32, weights {'in memory' if kept else 'streamed'}, {len(greedy)} of {tokens} greedy tokens"
     return Reference(
@@ -191,58 +188,22 @@ def spliced(model: Model, ids: Sequence[int], rows: Tensor) -> Tensor:
     return text.masked_scatter(at[:, None], rows)
 
 
-def decode(
-    language: TorchLanguage,
-    embeds: Tensor,
-    embed: Callable[[Sequence[int]], Tensor],
-    tokens: int,
-    reached: Callable[[int], None],
-) -> tuple[Tensor, list[int]]:
-    """Plain greedy decoding: logits (tokens, V) and the tokens."""
-    import torch
-
-    rows, greedy = [language.forward(embeds)[0]], []
-    while True:
-        greedy.append(int(rows[-1].argmax()))
-        reached(len(greedy))
-        if len(greedy) == tokens:
-            return torch.stack(rows), greedy
-        rows.append(language.forward(embed(greedy[-1:]))[0])
-
-
-def decode_drafts(
-    language: TorchLanguage,
-    embeds: Tensor,
-    embed: Callable[[Sequence[int]], Tensor],
-    tokens: int,
-    draft: Draft | None,
-    reached: Callable[[int], None],
-    passes: int = _PASSES,
-) -> tuple[Tensor, list[int]]:
-    """The same tokens as `decode`, or the first of them, in at most `passes` passes over the weights.
-
-    A pass runs the drafted tokens at once and keeps those that greedy decoding would have picked, and one more.
-    """
-    import torch
-
-    rows: list[Tensor] = []
-    greedy: list[int] = []
-    pending = embeds  # rows that the KV cache has not seen
-    for _ in range(passes):
-        guess = list(draft(tuple(greedy), tokens - len(greedy) - 1)) if draft is not None else []
-        block = torch.cat([pending, embed(guess)]) if guess else pending
-        logits = language.forward(block, last_row=not guess)[-1 - len(guess) :]
-        for row, guessed in zip(logits, [*guess, None], strict=True):
-            rows.append(row.clone())
-            greedy.append(int(row.argmax()))
-            if greedy[-1] != guessed:
-                break
-        reached(len(greedy))
-        if len(greedy) >= tokens:
-            break
-        language.rewind(embeds.shape[0] + len(greedy) - 1)
-        pending = embed(greedy[-1:])
-    return torch.stack(rows[:tokens]), greedy[:tokens]
+def blocks_of(model: Model, ids: Sequence[int]) -> Blocks:
+    """(start, stop) of the rows of a prompt that see one another, as transformers' masks of the family have it."""
+    both_ways = model.spec.language.both_ways
+    if both_ways == "none":
+        return []
+    if both_ways == "prompt":
+        return [(0, len(ids))]
+    blocks: list[tuple[int, int]] = []
+    for i, token in enumerate(ids):
+        if token != model.spec.prompt.image_token_id:
+            continue
+        if blocks and blocks[-1][1] == i:
+            blocks[-1] = blocks[-1][0], i + 1
+        else:
+            blocks.append((i, i + 1))
+    return blocks
 
 
 def fits_in_memory(model: Model) -> bool:

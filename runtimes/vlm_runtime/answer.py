@@ -81,7 +81,6 @@ class Request:
     keys: tuple[Key, ...]
     pictures: tuple[Picture, ...]
     image_tokens: int
-    blocks: Blocks
     sampling: Sampling
     stop: tuple[str, ...]
     max_new_tokens: int
@@ -89,6 +88,7 @@ class Request:
     reuse: bool
     started: float
     timings_ms: dict[str, float] = field(default_factory=dict)
+    blocks: Blocks = ()
 
 
 class Context:
