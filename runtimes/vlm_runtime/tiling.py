@@ -86,7 +86,10 @@ def pack(rows: Floats, spec: VLMSpec, layout: Layout, newline: Floats | None) ->
 
 
 def most_rows(spec: VLMSpec) -> int:
-    """About as many rows as one picture can take, found by trying pictures that fill a resolution or a grid."""
+    """About as many rows as one picture can take, found by trying pictures that fill a resolution or a grid.
+
+    Where nothing bounds them, those of one tile.
+    """
     if (tiling := spec.tiling) is None:
         return spec.prompt.image_tokens
     edge, grids = spec.vision.image_size, range(1, min(tiling.max_tiles, _GRIDS) + 1)
@@ -95,7 +98,7 @@ def most_rows(spec: VLMSpec) -> int:
         sizes.append((tiling.longest_edge, tiling.longest_edge))
     parts = [n / _PARTS for n in range(_PARTS // 2, _PARTS + 1)]  # padding left out may save more than shrinking
     tried = {(int(h * part), int(w * other)) for h, w in sizes for one in parts for part, other in ((one, 1), (1, one))}
-    return max(layout_of(size, spec).rows for size in tried)
+    return max((layout_of(size, spec).rows for size in tried), default=spec.prompt.image_tokens)
 
 
 def image_newline(bundle: Bundle) -> Floats | None:
