@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from checkpoints import TEXT, tiny_llava, tiny_tokenizer
+from tiled import tiny_tiled
 
 TRAINED_ON = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -56,18 +57,21 @@ def tiny_original(
     config: Mapping[str, Any] | None = None,
     pickled: bool = False,
     vocabulary: int | None = None,
-    tower_options: Mapping[str, Any] | None = None,
+    tiled: str | None = None,
     **options: Any,
 ) -> Made:
     """Write all three folders. `config` changes keys of the original config.json (None removes one).
 
-    `tokens` is "sentencepiece" (tokenizer.model alone) or "bpe" (tokenizer.json); `vocabulary` the rows of the table.
+    `tokens` is "sentencepiece" (tokenizer.model alone) or "bpe" (tokenizer.json); `vocabulary` the rows of the table;
+    `tiled` the family of a twin with tiles.
     """
     rows = {} if vocabulary is None else {"vocab_size": vocabulary}
     text_options = {**options.pop("text_options", {}), **rows}
-    if tower == "siglip":
-        options.setdefault("strategy", "full")
-    twin = tiny_llava(root / "twin", text=text, tower=tower, text_options=text_options, **options)
+    if tiled is not None:
+        twin = tiny_tiled(root / "twin", tiled, text=text, tower=tower, **options)
+    else:
+        full = {"strategy": "full"} if tower == "siglip" else {}
+        twin = tiny_llava(root / "twin", text=text, tower=tower, text_options=text_options, **{**full, **options})
     tensors = load_file(twin / "model.safetensors")
     folder = root / name
     folder.mkdir()
@@ -104,22 +108,29 @@ def _original(name: str, tower: str) -> str:
     ):
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    return name
+    return "model.image_newline" if name.endswith("image_newline") else name
 
 
 def _write_tower(folder: Path, twin: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A CLIP or SigLIP folder: vision_model.… and its processor."""
     folder.mkdir()
-    config = json.loads((twin / "config.json").read_text())["vision_config"]
+    whole = json.loads((twin / "config.json").read_text())
+    config = whole["vision_config"]
+    if whole["vision_feature_layer"] == -1 and config["model_type"] == "siglip_vision_model":
+        config["num_hidden_layers"] += 1  # LLaVA-NeXT's code cuts the last layer off and takes the new last one
     (folder / "config.json").write_text(json.dumps(config))
     part = {_original(k, "vision_model."): t.clone() for k, t in tensors.items() if "vision_tower" in k}
     save_file(part, folder / "model.safetensors", metadata={"format": "pt"})
     processor = transformers.AutoImageProcessor.from_pretrained(twin, backend="pil")
-    processor.save_pretrained(folder)
+    numbers = {key: getattr(processor, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
+    kind = {"clip_vision_model": "CLIPImageProcessor", "siglip_vision_model": "SiglipImageProcessor"}
+    about = {**numbers, "image_processor_type": kind[config["model_type"]]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
 
 
 def _write_config(folder: Path, twin: Path, text: str, changes: Mapping[str, Any]) -> None:
     whole = json.loads((twin / "config.json").read_text())
+    tower, layer = whole["vision_config"], whole["vision_feature_layer"]
     own = {
         **whole["text_config"],
         "model_type": {"qwen2": "llava_qwen"}.get(text, f"llava_{text}"),
@@ -127,8 +138,8 @@ def _write_config(folder: Path, twin: Path, text: str, changes: Mapping[str, Any
         "tie_word_embeddings": whole["tie_word_embeddings"],
         "mm_vision_tower": "../tower",
         "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": whole["vision_config"]["hidden_size"],
-        "mm_vision_select_layer": whole["vision_feature_layer"],
+        "mm_hidden_size": tower["hidden_size"],
+        "mm_vision_select_layer": -2 if tower["model_type"] == "siglip_vision_model" and layer == -1 else layer,
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -138,9 +149,21 @@ def _write_config(folder: Path, twin: Path, text: str, changes: Mapping[str, Any
         "freeze_mm_mlp_adapter": False,
         "use_mm_proj": True,
         "pretrain_mm_mlp_adapter": None,
+        **_tiles(whole),
         **changes,
     }
     (folder / "config.json").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+
+
+def _tiles(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of LLaVA-NeXT and OneVision, whose pinpoints are (width, height)."""
+    if "image_grid_pinpoints" not in whole:
+        return {}
+    return {
+        "image_aspect_ratio": whole.get("vision_aspect_ratio", "anyres"),
+        "image_grid_pinpoints": [[width, height] for height, width in whole["image_grid_pinpoints"]],
+        "mm_patch_merge_type": "spatial_unpad",
+    }
 
 
 @functools.cache

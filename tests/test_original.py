@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -30,7 +31,8 @@ from vlm_models.layouts import original
 from vlm_models.model import Model, load_model
 from vlm_runtime.image import preprocess
 from vlm_runtime.manifest import read_manifest
-from vlm_runtime.tokenizer import Tokenizer
+from vlm_runtime.tiling import layout_of
+from vlm_runtime.tokenizer import Tokenizer, prompt_ids
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 QUESTION = "What colour is the large circle?"
@@ -213,6 +215,58 @@ def test_bundle_answers_as_the_checkpoint_does(make: Make, bundle: Path, picture
     answer = model.answer(QUESTION, [picture_file], max_new_tokens=8)
     assert answer.token_ids == reference.greedy[: len(answer.token_ids)]
     assert answer.prompt_tokens == len(reference.prompt_ids)
+
+
+TILED = {
+    "1.6": {"tiled": "llava_next", "name": "llava-v1.6-vicuna"},
+    "1.6 and siglip": {"tiled": "llava_next", "tower": "siglip", "text": "qwen2", "name": "llava-next-qwen"},
+    "OneVision": {"tiled": "llava_onevision", "tower": "siglip", "text": "qwen2", "name": "llava-onevision"},
+}
+
+
+def best(size: tuple[int, int], resolutions: list[list[int]]) -> tuple[int, int]:
+    """`select_best_resolution` of llava/mm_utils.py on (width, height): most pixels kept, then least wasted."""
+    width, height = size
+    found: list[tuple[int, int, tuple[int, int]]] = []
+    for w, h in resolutions:
+        scale = min(w / width, h / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        found.append((kept, kept - w * h, (w, h)))
+    most = max((kept, wasted) for kept, wasted, _ in found)
+    return next(one for kept, wasted, one in found if (kept, wasted) == most)
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_tiles_are_as_in_transformers_and_chosen_as_in_the_original(tmp_path: Path, case: str) -> None:
+    made = tiny_original(tmp_path, tokens="bpe", **TILED[case])
+    original, twin = load_model(made.folder), load_model(made.twin)
+    ours, theirs = original.spec, twin.spec
+    assert (ours.family, ours.tiling, ours.vision, ours.language) == (
+        *(theirs.family, theirs.tiling, theirs.vision, theirs.language),
+    )
+    pinpoints = json.loads((made.folder / "config.json").read_text())["image_grid_pinpoints"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(original.checkpoint.files / "tokenizer.json"))
+    text = question_text(original, QUESTION)
+    for size in ((57, 41), (41, 57), (200, 20), (13, 190)):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+        path = tmp_path / "picture.png"
+        picture.save(path)
+        layout = layout_of(size[::-1], ours)
+        w, h = best(size, pinpoints)
+        assert layout.grid == (h // ours.vision.image_size, w // ours.vision.image_size)
+        reference = compute_reference(original, path, text, tokens=4)
+        same = compute_reference(twin, path, text, tokens=4)
+        assert np.array_equal(reference.pixel_values, same.pixel_values)
+        np.testing.assert_allclose(reference.inputs_embeds, same.inputs_embeds, atol=1e-5)
+        assert reference.greedy == same.greedy
+        read = prompt_ids(text, [layout], lambda piece: tokenizer.encode(piece).ids, ours.prompt)
+        assert tuple(read) == reference.prompt_ids == same.prompt_ids
+
+
+def test_pinpoints_may_be_a_range_of_tiles(tmp_path: Path) -> None:
+    changes = {"image_grid_pinpoints": "(1x1),...,(6x6)", "image_aspect_ratio": "anyres_max_9"}
+    made = tiny_original(tmp_path, tokens="bpe", config=changes, **TILED["OneVision"])
+    assert load_model(made.folder).spec.tiling == load_model(made.twin).spec.tiling
 
 
 def test_answers_end_where_the_next_turn_begins(make: Make) -> None:
