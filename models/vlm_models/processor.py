@@ -47,8 +47,8 @@ def preprocess_spec(checkpoint: Checkpoint, image_size: int, *, squashed: bool =
         crop=int(crop.get("height", 0)),
         resample=int(p.resample),
         rescale=float(p.rescale_factor) if p.do_rescale else 1.0,
-        mean=_triple(p.image_mean) if p.do_normalize else (0.0, 0.0, 0.0),
-        std=_triple(p.image_std) if p.do_normalize else (1.0, 1.0, 1.0),
+        mean=triple(p.image_mean) if p.do_normalize else (0.0, 0.0, 0.0),
+        std=triple(p.image_std) if p.do_normalize else (1.0, 1.0, 1.0),
         pad="square" if type(p).__name__.startswith("LlavaImageProcessor") and p.do_pad else "none",
         pad_color=_color(p),
     )
@@ -201,7 +201,8 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
+def triple(values: Any) -> tuple[float, float, float]:
+    """image_mean or image_std: three numbers, or one for all. Raises CheckpointError."""
     values = [values] * 3 if isinstance(values, int | float) else list(values)
     if len(values) != 3:
         raise CheckpointError(f"image_mean and image_std must hold 3 numbers, not {json.dumps(values)}")
@@ -212,5 +213,5 @@ def _color(processor: Any) -> tuple[int, int, int]:
     """LLaVA pads with its mean colour."""
     if not type(processor).__name__.startswith("LlavaImageProcessor"):
         return 0, 0, 0
-    r, g, b = (int(255 * m) for m in _triple(processor.image_mean))
+    r, g, b = (int(255 * m) for m in triple(processor.image_mean))
     return r, g, b

@@ -110,13 +110,14 @@ class LanguageSpec:
 class PreprocessSpec:
     """How pixels are made: resize, centre crop, scale, normalise, in this order, as the checkpoint's processor does.
 
-    `resize` "shortest_edge" keeps the aspect ratio, "exact" squashes to `size` × `size`, "none" leaves the picture.
+    `resize` "shortest_edge" keeps the aspect ratio, as does "longest_edge", which fills the rest of the square with
+    `pad_color` and leaves no edge below `least` pixels; "exact" squashes to `size` × `size`, "none" leaves the picture.
     `crop` is the edge of the centre crop (0: none). `resample` is Pillow's filter number. `pad` "square" first pads
     to a square with `pad_color` (LLaVA-1.5's original preprocessing).
     """
 
     size: int
-    resize: Literal["shortest_edge", "exact", "none"]
+    resize: Literal["shortest_edge", "longest_edge", "exact", "none"]
     crop: int
     resample: int
     rescale: float
@@ -124,6 +125,7 @@ class PreprocessSpec:
     std: tuple[float, float, float]
     pad: Literal["none", "square"] = "none"
     pad_color: tuple[int, int, int] = (0, 0, 0)
+    least: int = 1
 
 
 @dataclass(frozen=True)

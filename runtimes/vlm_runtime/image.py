@@ -169,6 +169,10 @@ def _resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     width, height = image.size
     if spec.resize == "exact":
         return image.resize((spec.size, spec.size), Image.Resampling(spec.resample))
+    if spec.resize == "longest_edge":
+        scale = spec.size / max(width, height)
+        fitted = max(round(width * scale), spec.least), max(round(height * scale), spec.least)
+        return _pad(image.resize(fitted, Image.Resampling(spec.resample)), spec.pad_color)
     longer = int(spec.size * max(width, height) / min(width, height))
     if longer * spec.size > MAX_RESIZED_PIXELS:
         raise ImageError(

@@ -24,7 +24,7 @@ _MAX_BYTES = 64 << 20
 # fmt: off
 _POSITIVE = frozenset((
     "image_size", "patch_size", "hidden_size", "layers", "image_tokens", "in_features", "out_features", "vocab_size",
-    "intermediate_size", "heads", "kv_heads", "head_dim", "max_positions", "dim", "size", "rows", "columns",
+    "intermediate_size", "heads", "kv_heads", "head_dim", "max_positions", "dim", "size", "rows", "columns", "least",
 ))
 # fmt: on
 

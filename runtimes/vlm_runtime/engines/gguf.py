@@ -143,7 +143,7 @@ class GgufDecoder:
         """Append rows (S, H) which see each other, at once; the logits (V,) after the last one."""
         if len(embeds) > len(self._rows):
             raise PromptError(
-                f"{len(embeds)} rows that see one another are more than {len(self._rows)}, which fit: shorten the prompt"
+                f"{len(embeds)} rows that see one another are more than fit, {len(self._rows)}: shorten the prompt"
             )
         self._lib.llama_set_causal_attn(self._ctx, False)
         try:
