@@ -20,12 +20,16 @@ from checkpoints import copy
 from conftest import MakeTiny
 from exporting import Command, command, copy_parts, exported, rewrite
 from tiled import EDGE, hf_tiled, noise, tiny_tiled
-from vlm_export import preflight
+from vlm_export import export, preflight
+from vlm_export.importance import examples
 from vlm_export.reference import picture_rows, prompt_ids, spliced
 from vlm_models.errors import BundleError, CheckpointError, PromptError
 from vlm_models.model import load_model
+from vlm_quant.calibration import read_pairs
 from vlm_runtime import tiling
 from vlm_runtime.manifest import read_manifest, write_manifest
+from vlm_runtime.prompt import render, user_message
+from vlm_runtime.splice import splice
 from vlm_runtime.tilings import anyres
 from vlm_runtime.vlm import VLM
 
@@ -154,6 +158,36 @@ def test_every_case_passes_its_check_and_answers_as_transformers(
     bundle = exported(make(case), tmp_path_factory)
     for size in SIZES:
         check_answer(make(case), bundle, ONE, [noise(size)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gguf", "tensorrt"])
+@pytest.mark.parametrize("case", ["next", "onevision, shrunk"])
+def test_the_other_targets_answer_as_transformers(make: Make, tmp_path: Path, case: str, target: str) -> None:
+    engines = {"device_profiles": ["orin"]} if target == "tensorrt" else {}
+    manifest = export(make(case), target, tmp_path / "bundle", precision="fp32", greedy_tokens=TOKENS, **engines)
+    assert manifest.parity[target]["passed"]
+    check_answer(make(case), tmp_path / "bundle", ONE, [noise(SIZES[0])])
+    check_answer(make(case), tmp_path / "bundle", TWO, [noise((41, 57)), noise((127, 31), seed=1)])
+    if target == "gguf":  # llama.cpp's own tools would put the rows together in another way
+        part = manifest.parts["language_model"]["gguf"]
+        assert "tiles" in part.details["no_mmproj"]
+        assert not any("mmproj" in file for file in manifest.files)
+
+
+@pytest.mark.parametrize("case", ["next", "onevision, shrunk"])
+def test_calibration_sees_the_rows_that_the_bundle_will_see(
+    make: Make, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, case: str
+) -> None:
+    noise((60, 90)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("What is it?")
+    (example,) = examples(load_model(make(case)), read_pairs(tmp_path))
+    vlm = vlm_runtime.load(exported(make(case), tmp_path_factory), threads=1)
+    prompt = render([user_message("What is it?", 1, vlm.spec.prompt)], vlm.spec.prompt)
+    request = vlm.request(prompt, [tmp_path / "a.png"], {}, started=0.0)
+    assert example.ids == request.ids
+    got = splice(request.ids, [vlm.encode_image(tmp_path / "a.png")], vlm.embedding)
+    np.testing.assert_allclose(got, example.embeds.numpy(), rtol=0, atol=1e-5)
 
 
 def test_pictures_stand_where_the_text_has_them_in_an_interleaved_prompt(
