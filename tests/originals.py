@@ -58,12 +58,13 @@ def tiny_original(
     pickled: bool = False,
     vocabulary: int | None = None,
     tiled: str | None = None,
+    legacy: bool = True,
     **options: Any,
 ) -> Made:
     """Write all three folders. `config` changes keys of the original config.json (None removes one).
 
     `tokens` is "sentencepiece" (tokenizer.model alone) or "bpe" (tokenizer.json); `vocabulary` the rows of the table;
-    `tiled` the family of a twin with tiles.
+    `tiled` the family of a twin with tiles; `legacy` is that of tokenizer_config.json.
     """
     rows = {} if vocabulary is None else {"vocab_size": vocabulary}
     text_options = {**options.pop("text_options", {}), **rows}
@@ -85,7 +86,7 @@ def tiny_original(
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(folder, twin, text, config or {})
     if tokens == "sentencepiece":
-        _write_sentencepiece(folder)
+        _write_sentencepiece(folder, legacy)
     else:
         tiny_tokenizer(adds_bos=False).save_pretrained(folder)
         _forget_image(folder)
@@ -187,12 +188,12 @@ def sentencepiece_model() -> bytes:
     return out.getvalue()
 
 
-def _write_sentencepiece(folder: Path) -> None:
+def _write_sentencepiece(folder: Path, legacy: bool) -> None:
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(names))
     about = {**names, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**about, "legacy": True}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**about, "legacy": legacy}))
 
 
 def _forget_image(folder: Path) -> None:

@@ -184,6 +184,7 @@ TEXTS = [
     "<image>",
     "Look: <image> and then  <image>, which?",
     " <image>\n\n",
+    "   a\n b <image>   c\n d",
     "Größe 東京 🙂 <image> [INST] x [/INST] ### y",
 ]
 
@@ -200,6 +201,17 @@ def test_ids_are_those_of_sentencepiece_chunk_by_chunk(bundle: Path) -> None:
         assert list(request.ids) == repeated(wanted, spec.image_token_id, spec.image_tokens)
     answer = model.answer(TEXTS[0], [picture], raw=True, max_new_tokens=4)
     assert answer.image_tokens == spec.image_tokens
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_chunks_are_read_as_sentencepiece_reads_them(tmp_path: Path, legacy: bool) -> None:
+    checkpoint = load_model(tiny_original(tmp_path, legacy=legacy).folder).checkpoint
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint.files / "tokenizer.json"))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    for chunk in [chunk for text in TEXTS for chunk in text.split("<image>")]:
+        assert tokenizer.encode(chunk).ids == [1, *pieces.encode(chunk)], chunk
+    after = tokenizer.encode("red</s>USER:", add_special_tokens=False).tokens
+    assert after[after.index("</s>") + 1].startswith("▁") == legacy
 
 
 def repeated(ids: list[int], token: int, times: int) -> list[int]:

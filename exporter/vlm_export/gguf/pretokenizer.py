@@ -157,7 +157,10 @@ def target(tokenizer: Mapping[str, Any], *, starts_with_token: bool) -> Target:
         elif prefix:
             after = " and after special tokens" if first else ""
             notes.append(f"llama.cpp writes a space before every text{after}, also where one stands there")
-        steps = [*_flat(out.get("normalizer")), *([{"type": "Prepend", "prepend": _SPACE}] if prefix else [])]
+        kept = [
+            step for step in _flat(out.get("normalizer")) if step.get("content") != 2 * _SPACE
+        ]  # two for a first one
+        steps = [*kept, *([{"type": "Prepend", "prepend": _SPACE}] if prefix else [])]
         steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
         split = {"type": "Split", "pattern": {"String": _SPACE}, "behavior": "MergedWithNext", "invert": False}
         out["normalizer"] = {"type": "Sequence", "normalizers": steps}

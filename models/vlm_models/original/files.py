@@ -23,6 +23,7 @@ _TOKENIZER = (
 _MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3
+BLANK = "▁"  # U+2581, SentencePiece's space
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,18 @@ def load_tokenizer(folder: Path) -> Any:
 def _as_sentencepiece(fast: Any, folder: Path) -> None:
     """Let a tokenizer from tokenizer.model write a blank before every text, as SentencePiece does.
 
-    transformers 5 does not where the text begins with one, which pieces after a picture do.
+    transformers 5 does not where the text begins with one, as pieces after a picture do. Scheme "always" (`legacy`)
+    also writes one after each special token.
     """
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
-    metaspace = isinstance(fast.pre_tokenizer, pre_tokenizers.Metaspace)
-    if (folder / "tokenizer.model").is_file() and metaspace and fast.pre_tokenizer.prepend_scheme != "never":
-        fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if not (folder / "tokenizer.model").is_file() or not isinstance(fast.pre_tokenizer, pre_tokenizers.Metaspace):
+        return
+    if fast.pre_tokenizer.prepend_scheme == "always":
+        fast.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
         fast.pre_tokenizer = None
+    elif fast.pre_tokenizer.prepend_scheme == "first":
+        fast.normalizer = normalizers.Replace(Regex(r"\A "), BLANK * 2)
 
 
 def _extra(folder: Path) -> dict[str, int]:
