@@ -21,6 +21,7 @@ from vlm_models.original import files, names
 from vlm_models.original.tower import Tower, find_tower
 
 _TABLE = "language_model.embed_tokens.weight"
+_PARTS = ("language_model.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")
 
 
 def matches(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -109,12 +110,21 @@ def build(
         layout="original",
         notes=(
             *notes,
+            *_left_out(tensors),
             *tower.notes,
             f"image processor: {processor}, image_aspect_ratio {aspect}",
             f"conversation: {name}, {why}",
         ),
         made=made,
         conversation=Written(conversation, picture),
+    )
+
+
+def _left_out(tensors: Mapping[str, Stored]) -> list[str]:
+    """A note on tensors that no part has a place for."""
+    rest = sorted(name for name in tensors if not name.startswith(_PARTS))
+    return (
+        [f"{len(rest)} tensors of no part are left out: {', '.join(rest[:3])}{' …' * (len(rest) > 3)}"] if rest else []
     )
 
 
