@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,13 @@ import numpy as np
 
 from vlm_bench.questions import Question, QuestionSet
 from vlm_bench.results import readable
-from vlm_bench.scores import Floats, divergence
-from vlm_models.errors import DependencyError, InputError
+from vlm_bench.scores import Floats, divergence, log_softmax
+from vlm_models.errors import DependencyError, InputError, PromptError
 from vlm_models.spec import PromptSpec
 from vlm_runtime.prompt import render, user_message
 from vlm_runtime.splice import splice
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vlm_runtime.vlm import VLM
 
 TOKENS = 4  # of an answer, counted in KL
@@ -54,18 +52,34 @@ def rendered(question: str, pictures: int, prompt: PromptSpec) -> str:
     return render([user_message(question, pictures, prompt)], prompt)
 
 
-def forced(vlm: VLM, prompt: str, images: Sequence[Any], tokens: Sequence[int]) -> Floats:
-    """Logits (len(tokens) + 1, V) after a rendered prompt and after each of `tokens`, float32.
+def after(vlm: VLM, prompt: str, images: Sequence[Any], continuations: Sequence[Sequence[int]]) -> Iterator[Floats]:
+    """For each continuation its logits (len + 1, V): after the rendered prompt, and after each of its tokens.
 
-    `images` as for `VLM.answer`. Raises PromptError where it does not fit the context.
+    The prompt is prefilled once; `images` as for `VLM.answer`. Raises PromptError where they do not fit the context.
     """
     request = vlm.request(prompt, images, {}, started=time.perf_counter())
     embeds = splice(request.ids, [vlm.encode_image(image) for image in images], vlm.embedding)
     decoder = vlm.decoder
     decoder.rewind(0)
-    rows = [decoder.prefill(embeds).copy()]
-    rows += [decoder.decode(row).copy() for row in vlm.embedding.rows(list(tokens))]
-    return np.stack(rows)
+    first = decoder.prefill(embeds).copy()
+    for tokens in continuations:
+        decoder.rewind(len(request.ids))
+        yield np.stack([first, *(decoder.decode(row).copy() for row in vlm.embedding.rows(list(tokens)))])
+
+
+def losses(vlm: VLM, question: str, images: Sequence[Any], answers: Sequence[str]) -> list[tuple[float, bool]]:
+    """Of each answer to a question: its mean loss per token in nats, and whether greedy decoding begins with it.
+
+    An answer is written as the chat template writes the assistant's turn, without what ends it. Raises PromptError.
+    """
+    user = user_message(question, len(images), vlm.spec.prompt)
+    prompt = render([user], vlm.spec.prompt)
+    tokens = [_tail(vlm, user, prompt, answer) for answer in answers]
+    found = []
+    for ids, logits in zip(tokens, after(vlm, prompt, images, tokens), strict=True):
+        chosen = log_softmax(logits[:-1])[np.arange(len(ids)), ids]
+        found.append((float(-chosen.mean()), logits[:-1].argmax(-1).tolist() == ids))
+    return found
 
 
 def bundle_reference(
@@ -79,7 +93,8 @@ def bundle_reference(
         pictures = question.pictures()
         said = vlm.answer(question.text, pictures, max_new_tokens=TOKENS)
         prompt = rendered(question.text, len(pictures), vlm.spec.prompt)
-        found.append(Distributions(question, said.token_ids, forced(vlm, prompt, pictures, said.token_ids[:-1])))
+        (logits,) = after(vlm, prompt, pictures, [said.token_ids[:-1]])
+        found.append(Distributions(question, said.token_ids, logits))
     return Reference(name, vlm.spec.fingerprint, tuple(found))
 
 
@@ -104,7 +119,8 @@ def checkpoint_reference(
     with tempfile.TemporaryDirectory() as scratch:
         for done, question in enumerate(chosen):
             watch(done, len(chosen))
-            file = _as_file(question.pictures()[0], Path(scratch) / "picture.png")
+            file = question.file(Path(scratch))
+            assert file is not None
             prompt = rendered(question.text, 1, model.spec.prompt)
             reference = compute_reference(model, file, prompt, tokens=TOKENS)
             greedy, ends = reference.greedy, frozenset(model.spec.prompt.eos_token_ids)
@@ -127,7 +143,8 @@ def mean_divergence(vlm: VLM, reference: Reference) -> float:
     for one in reference.distributions:
         pictures = one.question.pictures()
         prompt = rendered(one.question.text, len(pictures), vlm.spec.prompt)
-        rows.append(divergence(one.logits, forced(vlm, prompt, pictures, one.tokens[:-1])))
+        (logits,) = after(vlm, prompt, pictures, [one.tokens[:-1]])
+        rows.append(divergence(one.logits, logits))
     return float(np.concatenate(rows).mean())
 
 
@@ -138,8 +155,15 @@ def spread(questions: Sequence[Question], count: int) -> list[Question]:
     return [questions[i * len(questions) // count] for i in range(count)]
 
 
-def _as_file(picture: Path | Image.Image, file: Path) -> Path:
-    if isinstance(picture, Path):
-        return picture
-    picture.save(file)
-    return file
+def _tail(vlm: VLM, user: Mapping[str, Any], prompt: str, answer: str) -> list[int]:
+    """Token ids of the answer after the prompt, as one text where the tokenizer does not join them at the seam."""
+    text = answer.strip()
+    if not text:
+        raise PromptError("an answer whose likelihood is asked for is empty: write one or more words")
+    whole = render([user, {"role": "assistant", "content": text}], vlm.spec.prompt, add_generation_prompt=False)
+    written = whole.startswith(prompt) and text in whole[len(prompt) :]
+    tail = whole[len(prompt) : whole.rindex(text) + len(text)] if written else text
+    before, both = vlm.tokenizer.encode(prompt), vlm.tokenizer.encode(prompt + tail)
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    return vlm.tokenizer.encode(tail, add_special_tokens=False)

@@ -44,6 +44,15 @@ class Question:
         """What `VLM.answer` takes as images: none or one."""
         return [] if self.image is None else [_drawn(self.image) if isinstance(self.image, int) else self.image]
 
+    def file(self, folder: Path) -> Path | None:
+        """The picture as a file; one that the demo draws is written into `folder`, once."""
+        if not isinstance(self.image, int):
+            return self.image
+        path = folder / f"{self.image:05d}.png"
+        if not path.is_file():
+            _drawn(self.image).save(path)
+        return path
+
     def shown(self) -> str | None:
         """The picture as `Asked.image` holds it: a file's path, or a data URL of one that was drawn."""
         if not isinstance(self.image, int):
