@@ -1,10 +1,9 @@
-"""What was asked and answered, as a report shows it: by picture and question, equal answers together, marked word by word."""
+"""What was asked and answered, as a report shows it: by picture, equal answers together, marked word by word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 
 from vlm_bench.diff import words
@@ -17,18 +16,23 @@ _LONGEST = 4000  # letters of one text
 
 @dataclass(frozen=True)
 class Given:
-    """One answer of the contestants `names`: its difference to the reference, and whether it was counted as right."""
+    """One answer of the contestants `names`: its difference to the reference, and whether it was counted as right.
+
+    `same` is whether it reads as the reference does; `unanimous` where several were asked and all said it.
+    """
 
     names: tuple[str, ...]
     steps: tuple[Words, ...]
     exact: bool | None
     same: bool
+    unanimous: bool
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its reference answer and the answers given."""
+    """A question about `image` (a path, a data URL or None) with its reference answer and the answers given."""
 
+    image: str | None
     text: str
     reference: str
     kind: str
@@ -36,39 +40,49 @@ class Question:
 
     @property
     def disputed(self) -> bool:
-        """Whether someone was wrong, or all were not of one mind."""
-        return len(self.given) > 1 or any(one.exact is False or not one.same for one in self.given)
+        """Whether someone was wrong, or not all said the same."""
+        return len(self.given) > 1 or any(
+            not one.exact if one.exact is not None else not one.same for one in self.given
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shown:
     """A picture (data URL, None where it is not here) with its questions; `name` is its file's."""
 
     picture: str | None
     name: str
-    questions: list[Question] = field(default_factory=list)
+    questions: tuple[Question, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.questions)
 
 
-def of_accuracy(accuracy: Sequence[Accuracy]) -> tuple[list[Shown], int]:
-    """Questions of all sets, disputed ones first, LIMIT at most; and how many there are."""
+def of_accuracy(accuracy: Sequence[Accuracy]) -> list[Question]:
+    """Questions of all sets, disputed ones first."""
     asked: dict[tuple[str, str], list[tuple[str, Asked]]] = {}
     for one in accuracy:
         for question in one.per_question:
             asked.setdefault((one.set, question.id), []).append((one.name, question))
-    questions = [(answers[0][1].image, _question(answers)) for answers in asked.values()]
-    return _by_picture(questions), len(questions)
+    return sorted(map(_question, asked.values()), key=lambda question: not question.disputed)
 
 
-def of_drift(drift: Sequence[Drift]) -> tuple[list[Shown], int]:
+def of_drift(drift: Sequence[Drift]) -> list[Question]:
     """Cases of the drift report in the same way: the reference is what the reference contestant answered."""
-    cases: dict[tuple[str, str | None, str], list[Drift]] = {}
+    cases: dict[tuple[str, str | None, str], list[tuple[str, Asked]]] = {}
     for one in drift:
-        cases.setdefault((one.reference, one.image, one.prompt), []).append(one)
-    questions = []
-    for (_, image, prompt), several in cases.items():
-        answers = [(d.name, Asked("", image, prompt, d.reference_answer, d.answer)) for d in several]
-        questions.append((image, _question(answers)))
-    return _by_picture(questions), len(questions)
+        asked = Asked("", one.image, one.prompt, one.reference_answer, one.answer)
+        cases.setdefault((one.reference, one.image, one.prompt), []).append((one.name, asked))
+    return sorted(map(_question, cases.values()), key=lambda question: not question.disputed)
+
+
+def by_picture(questions: Iterable[Question]) -> list[Shown]:
+    """Questions about one picture together, pictures in the order of their first question."""
+    together: dict[str | None, list[Question]] = {}
+    for question in questions:
+        together.setdefault(question.image, []).append(question)
+    return [Shown(thumbnail(image), _file_name(image), tuple(several)) for image, several in together.items()]
 
 
 def _question(answers: Sequence[tuple[str, Asked]]) -> Question:
@@ -76,27 +90,18 @@ def _question(answers: Sequence[tuple[str, Asked]]) -> Question:
     alike: dict[tuple[str, bool | None], list[str]] = {}
     for name, one in answers:
         alike.setdefault((one.answer, one.exact), []).append(name)
-    given = tuple(_given(first.reference, answer, exact, names) for (answer, exact), names in alike.items())
-    return Question(first.question, _cut(first.reference), first.kind, given)
+    alone = len(alike) == 1 and len(answers) > 1
+    given = tuple(_given(first.reference, answer, exact, names, alone) for (answer, exact), names in alike.items())
+    return Question(first.image, first.question, _cut(first.reference), first.kind, given)
 
 
-def _given(reference: str, answer: str, exact: bool | None, names: Sequence[str]) -> Given:
-    same = answer.strip() == reference.strip()
-    return Given(tuple(names), words(_cut(reference.strip()), _cut(answer.strip())), exact, same)
+def _given(reference: str, answer: str, exact: bool | None, names: Sequence[str], unanimous: bool) -> Given:
+    reference, answer = reference.strip(), answer.strip()
+    return Given(tuple(names), words(_cut(reference), _cut(answer)), exact, answer == reference, unanimous)
 
 
-def _by_picture(questions: Iterable[tuple[str | None, Question]]) -> list[Shown]:
-    """The first LIMIT of them, disputed ones first; neighbours of one picture share it."""
-    chosen = sorted(questions, key=lambda item: not item[1].disputed)[:LIMIT]
-    order = list(dict.fromkeys(image for image, _ in chosen))
-    chosen.sort(key=lambda item: order.index(item[0]))
-    return list(_grouped(chosen))
-
-
-def _grouped(questions: Sequence[tuple[str | None, Question]]) -> Iterator[Shown]:
-    for image, several in groupby(questions, key=lambda item: item[0]):
-        drawn = image is None or image.startswith("data:")
-        yield Shown(thumbnail(image), "" if drawn else PurePath(image or "").name, [one for _, one in several])
+def _file_name(image: str | None) -> str:
+    return "" if image is None or image.startswith("data:") else PurePath(image).name
 
 
 def _cut(text: str) -> str:

@@ -40,6 +40,7 @@ FIRST_TOKEN: Mapping[str, tuple[str, str, str]] = {
     "first_token": (GREEN, "\\\\\\\\", "first token"),
 }
 SMALLEST = 1e-9  # of 1 - cosine: below it is rounding of float64 sums
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BAR = 46  # CSS pixels of one contestant: a line of text and a bar
 
 
@@ -92,8 +93,9 @@ def decoding(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def scatter(points: Sequence[Point]) -> dict[str, str]:
-    """Accuracy over size and over latency; latency over size where accuracy was not measured."""
+    """Accuracy over size and over latency, of those that have one; latency over size where none has."""
     asked = any(point.exact is not None for point in points)
+    points = [point for point in points if (point.exact if asked else point.ttft_ms) is not None]
     panels = [("size_mb", "MB on disk"), ("ttft_ms", "ms to the first token")] if asked else [("size_mb", "MB on disk")]
     charts = {}
     for size in SIZES:
@@ -116,8 +118,12 @@ def scatter(points: Sequence[Point]) -> dict[str, str]:
     return charts
 
 
-def drifting(worst: Mapping[str, Mapping[str, float | None]], labels: Mapping[str, str], limit: float) -> dict[str, str]:
+def drifting(
+    worst: Mapping[str, Mapping[str, float | None]], labels: Mapping[str, str], limit: float
+) -> dict[str, str]:
     """Lines: 1 - cosine by stage, the worst of all cases. `worst`: contestant → stage → cosine."""
+    from matplotlib.ticker import NullLocator
+
     stages = list(labels)
     charts = {}
     for size in SIZES:
@@ -136,7 +142,11 @@ def drifting(worst: Mapping[str, Mapping[str, float | None]], labels: Mapping[st
             axes.axhline(1 - limit, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="limit of fp16 rounding")
             axes.set_yscale("log")
             axes.set_ylim(SMALLEST / 2, 2)
+            axes.yaxis.set_major_formatter(lambda value, _: _power(value))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_xticks(range(len(stages)), [labels[stage] for stage in stages])
+            if size.name == "narrow":
+                axes.tick_params("x", rotation=35)
             axes.set_xlim(-0.2, len(stages) - 0.8)
             axes.set_ylabel("1 − cosine to the reference")
             axes.grid(axis="y", linewidth=0.5)
@@ -197,6 +207,11 @@ def _handle(name: str, number: int) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle="none", label=f"{number + 1} {short(name, 30)}", **look(number))
+
+
+def _power(value: float) -> str:
+    """A power of ten: 10⁻⁴."""
+    return f"10{str(round(math.log10(value))).translate(_RAISED)}"
 
 
 def _round(value: float) -> str:

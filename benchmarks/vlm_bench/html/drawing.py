@@ -1,11 +1,11 @@
-"""What all charts share: colours and patterns told apart without colour vision, and SVG that follows the page's theme."""
+"""What all charts share: colours and patterns told apart without colour vision, SVG that follows the page's theme."""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,8 @@ class Size:
 
 
 SIZES = (Size("wide", 760, 12.5), Size("narrow", 340, 11.5))
-_STYLE: Mapping[str, Any] = {
+_STYLE: Any = {
+    "svg.hashsalt": "vlm-bench",  # equal results give equal pages
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the reader's own font
     "text.parse_math": False,  # a name may hold dollar signs
     "text.color": INK,
@@ -63,7 +64,7 @@ def figure(size: Size, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "font.size": size.text}), warnings.catch_warnings():
+    with matplotlib.rc_context(_STYLE | {"font.size": size.text}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # the reader's browser draws them
         yield Figure(figsize=(size.width / 72, height / 72), layout="constrained")
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 from vlm_bench.measure import Stat
 from vlm_bench.results import NOT_MEASURED
 
+_SMALL = 1e-4  # numbers below it are written with an exponent
+
 
 def number(value: float | Stat | None, unit: str = "", digits: int = 3) -> str:
-    """About `digits` significant digits, thousands apart: "1 234 ms", "12.3 ms", "0.123 ms"."""
+    """About `digits` significant digits, thousands apart: "1 234 ms", "12.3 ms", "0.123 ms", "1.23e-06"."""
     if isinstance(value, Stat):
         value = value.median
     if value is None:
         return NOT_MEASURED
-    if value == int(value) and abs(value) < 10**digits:
-        text = str(int(value))
+    if value == int(value):
+        text = f"{int(value):,}"
+    elif abs(value) < _SMALL:
+        text = f"{value:.{digits - 1}e}"
     else:
-        whole = len(str(int(abs(value)))) if abs(value) >= 1 else 1
-        text = f"{value:,.{max(0, digits - whole)}f}".replace(",", "\u202f")
+        text = f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    text = text.replace(",", "\u202f")
     return f"{text} {unit}" if unit else text
 
 
@@ -42,7 +48,11 @@ def cosine(value: float | None) -> str:
     return "no number" if value is None else f"{value:.6f}"
 
 
-def ratio(ours: float | Stat | None, theirs: float | Stat | None) -> float | None:
-    """Ours over theirs; None where one is not measured or is 0."""
-    a, b = (value.median if isinstance(value, Stat) else value for value in (ours, theirs))
-    return a / b if a is not None and b else None
+def decimals(value: float | None, places: int = 3) -> str:
+    """A number that is 0 to 1."""
+    return NOT_MEASURED if value is None else f"{value:.{places}f}"
+
+
+def times(ours: Stat | None, theirs: float) -> str:
+    """Ours over theirs: "0.50 ×"."""
+    return NOT_MEASURED if ours is None or not theirs else f"{ours.median / theirs:.2f} ×"

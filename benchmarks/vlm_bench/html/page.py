@@ -27,6 +27,7 @@ STAGE_LABELS = {
     "decode": "decode",
     "other": "other",
 }
+_OPTIONAL = {"GPU memory": "gpu_mb", "energy": "energy"}
 DRIFT_LABELS = dict(zip(PARITY_STAGES, ("pixels", "vision", "projector", "splice", "logits"), strict=True))
 
 
@@ -46,19 +47,20 @@ def write_html(path: str | Path, results: Results) -> Path:
 def render(results: Results) -> str:
     """The page as text; the pictures that paths name are read now."""
     require()
-    shown, asked = answers.of_accuracy(results.accuracy)
-    cases, compared = answers.of_drift(results.drift)
+    asked, cases = answers.of_accuracy(results.accuracy), answers.of_drift(results.drift)
     page = _templates().get_template("page.html.jinja")
     return page.render(
         results=results,
         stages=STAGES,
         stage_labels=STAGE_LABELS,
         peers=best_peers(results.rows),
+        absent=_absent(results.rows),
         charts=_charts(results),
-        shown=shown,
-        asked=asked,
-        cases=cases,
-        compared=compared,
+        disputed=answers.by_picture(one for one in asked[: answers.LIMIT] if one.disputed),
+        agreed=answers.by_picture(one for one in asked[: answers.LIMIT] if not one.disputed),
+        asked=len(asked),
+        cases=answers.by_picture(cases[: answers.LIMIT]),
+        compared=len(cases),
         limit=answers.LIMIT,
         kinds=sorted({kind for one in results.accuracy for kind in one.kinds}),
         drift_labels=_drift_labels(results.drift),
@@ -75,8 +77,13 @@ def best_peers(rows: Sequence[Row]) -> dict[str, float]:
     return {**({"ttft": min(first)} if first else {}), **({"rate": max(rates)} if rates else {})}
 
 
+def _absent(rows: Sequence[Row]) -> list[str]:
+    """What was measured of no contestant: a sentence says so, in place of a column."""
+    return [name for name, field in _OPTIONAL.items() if all(getattr(row, field) is None for row in rows)]
+
+
 def drift_summary(drift: Sequence[Drift]) -> dict[str, dict[str, Any]]:
-    """By contestant: the worst cosine of each stage over its cases, stages that drifted first, how many answers agree."""
+    """By contestant: the worst cosine of each stage, the first stage that drifted, how many cases did and answer alike."""
     several = len({one.reference for one in drift}) > 1
     cases: dict[str, list[Drift]] = {}
     for one in drift:
@@ -88,7 +95,9 @@ def _summary(cases: Sequence[Drift]) -> dict[str, Any]:
     stages = list(dict.fromkeys(stage for case in cases for stage in case.stages))
     values = {stage: [case.stages[stage].cosine for case in cases if stage in case.stages] for stage in stages}
     # A stage without a number in one case has none at all: it is worse than any.
-    worst = {stage: None if None in found else min(v for v in found if v is not None) for stage, found in values.items()}
+    worst = {
+        stage: None if None in found else min(v for v in found if v is not None) for stage, found in values.items()
+    }
     firsts = [stage for stage in stages if any(case.first == stage for case in cases)]
     return {
         "worst": worst,
@@ -150,6 +159,6 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("number", "spread", "megabytes", "percent", "cosine", "ratio")
+    names = ("number", "spread", "megabytes", "percent", "cosine", "decimals", "times")
     environment.filters |= {name: getattr(numbers, name) for name in names}
     return environment
