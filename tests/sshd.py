@@ -20,11 +20,15 @@ SSHD = "/usr/sbin/sshd"
 
 
 class Wire:
-    """A TCP port that leads to another one: counts what is sent, and can be cut, frozen and mended."""
+    """A TCP port that leads to another one: counts what is sent, and can be cut, frozen and mended.
+
+    `cut_at` bytes sent it cuts itself.
+    """
 
     def __init__(self, target: int) -> None:
         self._target, self._pairs = target, list[tuple[socket.socket, socket.socket]]()
-        self.sent, self._whole, self._flows = 0, threading.Event(), threading.Event()
+        self.sent, self.cut_at = 0, float("inf")
+        self._whole, self._flows = threading.Event(), threading.Event()
         self._whole.set()
         self._flows.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -34,11 +38,8 @@ class Wire:
     def cut(self) -> None:
         """End all connections and refuse new ones."""
         self._whole.clear()
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
+        while self._pairs:
+            _end(*self._pairs.pop())
 
     def freeze(self) -> None:
         """Nothing arrives any more, and nobody is told."""
@@ -46,11 +47,8 @@ class Wire:
 
     def mend(self) -> None:
         """New connections work; frozen ones have been given up by their owners."""
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
+        while self._pairs:
+            _end(*self._pairs.pop())
         self._whole.set()
         self._flows.set()
 
@@ -68,25 +66,31 @@ class Wire:
             if not self._whole.is_set():
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._join, args=(near,), daemon=True).start()
+
+    def _join(self, near: socket.socket) -> None:
+        with near, socket.create_connection(("127.0.0.1", self._target)) as far:
             self._pairs.append((near, far))
-            for source, sink, counts in ((near, far, True), (far, near, False)):
-                threading.Thread(target=self._pump, args=(source, sink, counts), daemon=True).start()
+            back = threading.Thread(target=self._pump, args=(far, near, False), daemon=True)
+            back.start()
+            self._pump(near, far, True)
+            back.join()
 
     def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 self._flows.wait()
                 self.sent += len(data) * counts
+                if self.sent > self.cut_at:
+                    self.cut_at = float("inf")
+                    self.cut()
                 sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        _end(source, sink)
 
 
 @dataclass(frozen=True)
 class Server:
-    """`url` of a device reached over `wire`; `folder` is what it keeps, `keys` the configuration of client and server."""
+    """A device reached over `wire`: `folder` is what it keeps, `keys` the configuration of client and server."""
 
     wire: Wire
     keys: Path
@@ -147,6 +151,12 @@ def serving(place: Path) -> Iterator[Server]:
         wire.close()
         server.terminate()
         server.wait(10)
+
+
+def _end(*sockets: socket.socket) -> None:
+    for one in sockets:
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:

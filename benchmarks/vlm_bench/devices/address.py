@@ -59,7 +59,7 @@ def parse(url: str) -> Address:
         user = unquote(user_in) if at else user
         if user and ":" in user:
             raise InputError(f"{scheme}://…@{machine} holds a password: use a key (ssh-copy-id) and leave it out")
-        found = re.fullmatch(r"\[([0-9A-Fa-f:.%]+)\](?::(.*))?|([^:\[\]]*)(?::(.*))?", machine)
+        found = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?|([^:\[\]]*)(?::(.*))?", unquote(machine))
         if not found:
             raise InputError(f"{url!r} is no device: {_ALLOWED}; an IPv6 address stands in [ ]")
         machine = found[1] or found[3] or ""

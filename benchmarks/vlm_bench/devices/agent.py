@@ -81,22 +81,15 @@ def receive(request: dict[str, Any], folder: Path, stdin: BinaryIO) -> None:
     """Append what follows on stdin to `files` ([SHA-256, bytes, offset] …); a file is kept when its SHA-256 fits."""
     for sha256, size, offset in request["files"]:
         file = folder / "files" / sha256
-        with _partial(file).open("ab") as out:
-            try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                _reply(busy=sha256)
-                return
-            out.truncate(offset)
-            if not _append(out, size - offset, stdin):
-                return  # the link is lost: the next one goes on here
-            os.fsync(out.fileno())
-            if _sha256(_partial(file)) != sha256:
-                _partial(file).unlink()
-                _reply(damaged=sha256)
-                return
-            _partial(file).replace(file)
-            _reply(received=sha256)
+        try:
+            outcome = _received(file, size, offset, stdin)
+        except OSError:  # a full disk above all: what cannot become whole is in the way
+            _partial(file).unlink()
+            raise
+        if outcome is not None:
+            _reply(**{outcome: sha256})
+        if outcome != "received":  # where the link is lost, the next one goes on here
+            return
     _reply(done=True)
 
 
@@ -201,6 +194,24 @@ def _reply(**values: Any) -> None:
 
 def _partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
+
+
+def _received(file: Path, size: int, offset: int, stdin: BinaryIO) -> str | None:
+    """One file from stdin: "received", "damaged", "busy" (another one sends it), None where stdin ended before."""
+    with _partial(file).open("ab") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "busy"
+        out.truncate(offset)
+        if not _append(out, size - offset, stdin):
+            return None
+        if _sha256(_partial(file)) != file.name:
+            _partial(file).unlink()
+            return "damaged"
+        os.fsync(out.fileno())
+        _partial(file).replace(file)
+    return "received"
 
 
 def _append(out: BinaryIO, count: int, stdin: BinaryIO) -> bool:
