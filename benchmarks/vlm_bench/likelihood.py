@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from vlm_bench.questions import Question, QuestionSet
 from vlm_bench.results import readable
 from vlm_bench.scores import Floats, divergence, log_softmax
-from vlm_models.errors import DependencyError, InputError, PromptError
+from vlm_models.errors import CheckError, DependencyError, InputError, PromptError
 from vlm_models.spec import PromptSpec
 from vlm_runtime.prompt import render, user_message
 from vlm_runtime.splice import splice
@@ -132,7 +133,7 @@ def checkpoint_reference(
 def mean_divergence(vlm: VLM, reference: Reference) -> float:
     """Mean KL(reference || bundle) in nats over the first tokens of the reference's own greedy answers.
 
-    Raises InputError for a reference of another checkpoint.
+    Raises InputError for a reference of another checkpoint, CheckError for logits that are not numbers.
     """
     if vlm.spec.fingerprint != reference.fingerprint:
         raise InputError(
@@ -145,7 +146,10 @@ def mean_divergence(vlm: VLM, reference: Reference) -> float:
         prompt = rendered(one.question.text, len(pictures), vlm.spec.prompt)
         (logits,) = after(vlm, prompt, pictures, [one.tokens[:-1]])
         rows.append(divergence(one.logits, logits))
-    return float(np.concatenate(rows).mean())
+    kl = float(np.concatenate(rows).mean())
+    if not math.isfinite(kl):
+        raise CheckError(f"logits of {vlm.bundle.folder.name} or {reference.name} are not numbers: export again")
+    return kl
 
 
 def spread(questions: Sequence[Question], count: int) -> list[Question]:

@@ -77,6 +77,7 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return out
 
 
+@np.errstate(invalid="ignore", over="ignore")  # infinities give NaN, which the caller refuses
 def divergence(reference: Floats, other: Floats) -> npt.NDArray[np.float64]:
     """KL(reference || other) of each row of logits (N, V), in nats: (N,)."""
     p, q = log_softmax(reference), log_softmax(other)
