@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,7 @@ from vlm_bench.results import Deviation, Drift, readable
 from vlm_export.parity import ROWS, STAGES, distance
 from vlm_export.target import Progress, not_installed, silent
 from vlm_models.errors import InputError, VLMError
-from vlm_runtime.bundle import open_bundle
-from vlm_runtime.prompt import Tokenizer, render, user_message
+from vlm_runtime.prompt import render, user_message
 from vlm_runtime.splice import splice
 
 Floats = NDArray[np.float32]
@@ -79,7 +79,10 @@ def drift(
     total = len(cases) * (len(candidates) + (checkpoint is not None))
     if checkpoint is not None:
         reference, others = CHECKPOINT, tuple(candidates)
-        traces, fingerprint = _checkpoint_traces(checkpoint, cases, others[0], max_new_tokens, progress, total)
+        try:
+            traces, fingerprint = _checkpoint_traces(checkpoint, cases, max_new_tokens, progress, total)
+        except ModuleNotFoundError as error:
+            raise not_installed(error, "comparing with a checkpoint", "export") from error
     else:
         reference, others = candidates[0].name, tuple(candidates[1:])
         vlm = _open(candidates[0], threads)
@@ -162,18 +165,17 @@ def _beside(
 
 
 def _checkpoint_traces(
-    checkpoint: str | Path, cases: Sequence[Case], first: Candidate, tokens: int, progress: Progress, total: int
+    checkpoint: str | Path, cases: Sequence[Case], tokens: int, progress: Progress, total: int
 ) -> tuple[list[Trace], str]:
-    """Traces of the checkpoint itself and its fingerprint; `first` lends its tokenizer to read the answers."""
-    try:
-        from vlm_export.reference import compute_reference
-        from vlm_models.model import load_model
+    """Traces of the checkpoint itself, its answers read by its own tokenizer; and its fingerprint."""
+    from transformers import AutoTokenizer
 
-        model = load_model(checkpoint)
-    except ModuleNotFoundError as error:
-        raise not_installed(error, "comparing with a checkpoint", "export") from error
+    from vlm_export.reference import compute_reference
+    from vlm_models.model import load_model
+
+    model = load_model(checkpoint)
     spec, traces = model.spec.prompt, []
-    tokenizer = Tokenizer(open_bundle(first.folder, verify=False))
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
     for number, (image, prompt) in enumerate(cases):
         progress(CHECKPOINT, number, total)
         text = render([user_message(prompt, 1, spec)], spec)
@@ -181,7 +183,8 @@ def _checkpoint_traces(
         end = next((i for i, token in enumerate(made.greedy) if token in spec.eos_token_ids), None)
         said = made.greedy if end is None else made.greedy[: end + 1]
         stages = {name: getattr(made, name) for name in STAGES} | {"logits": made.logits[: len(said)]}
-        traces.append(Trace(stages, tuple(said), tokenizer.decode(said), end is not None))
+        answer = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        traces.append(Trace(stages, tuple(said), answer, end is not None))
     return traces, model.spec.fingerprint
 
 

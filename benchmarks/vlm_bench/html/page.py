@@ -83,7 +83,7 @@ def _absent(rows: Sequence[Row]) -> list[str]:
 
 
 def drift_summary(drift: Sequence[Drift]) -> dict[str, dict[str, Any]]:
-    """By contestant: the worst cosine of each stage, the first stage that drifted, how many cases did and answer alike."""
+    """By contestant: worst cosine of each stage, first stage that drifted, how many cases did and how many agree."""
     several = len({one.reference for one in drift}) > 1
     cases: dict[str, list[Drift]] = {}
     for one in drift:
