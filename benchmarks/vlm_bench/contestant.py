@@ -96,8 +96,9 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After Ctrl-C nobody waits for an answer to end.
+        self.close(5.0 if kind is None or issubclass(kind, Exception) else 0.2)
 
     def load(self) -> dict[str, Any]:
         """Open it: the reply to "load"."""
@@ -127,14 +128,16 @@ class Running:
                 raise _raised(reply)
         raise self._broken()
 
-    def close(self) -> None:
-        """End the process, kindly first."""
+    def close(self, wait_s: float = 5.0) -> None:
+        """End the process, kindly first; more than once does no harm."""
+        if self._errors.closed:
+            return
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what was not sent need not be
                     pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(wait_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # and whatever it started
         self._process.wait()

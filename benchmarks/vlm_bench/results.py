@@ -98,6 +98,8 @@ class Energy:
 class Row:
     """One contestant. Every Stat is over its repetitions; a repetition is the mean of one answer for each case.
 
+    The medians are all of the same repetition, the one whose `wall_ms` is the median, so that stages add up to it.
+
     `engines` is part → engine, `precision` as in the bundle's manifest, or the peer's own word. `stages_ms` has the
     keys STAGES, as far as they were measured: "splice" is from the last picture row to the prefill, "first_token" the
     choice of the first token, "other" what belongs to none of them (chat template, tokenizing, text); their sum is
