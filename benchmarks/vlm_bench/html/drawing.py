@@ -90,7 +90,7 @@ def themed(text: str) -> str:
 
 def short(name: str, length: int = _NAME_LENGTH) -> str:
     """A name that fits beside a chart, on one line."""
-    line = " ".join(name.split())
+    line = " ".join(name.encode("utf-8", "replace").decode().split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
