@@ -39,26 +39,18 @@ def serve_bundle(folder: str, engine: str | None, threads: int) -> tuple[Facts, 
     return {**facts, "max_context": model.max_context}, clock.answer
 
 
-def plain_bundle(folder: str, engine: str | None, threads: int) -> tuple[Facts, Answer]:
-    """The same without any clock: what measuring adds is the difference."""
-    model = open_endless(folder, engine, threads)
-
-    def answer(prompt: str, image: str | None, max_new_tokens: int) -> Mapping[str, Any]:
-        said = model.answer(prompt, [image] if image else [], max_new_tokens=max_new_tokens)
-        return {"text": said.text, "new_tokens": len(said.token_ids)}
-
-    return {"engines": model.engines}, answer
-
-
 class Clock:
-    """Stands between a model and its decoder: when prefill began and ended, and when each token's logits were there."""
+    """Stands between a model and its decoder: when prefill began and ended, and when each token's logits were there.
+
+    `remove` leaves the model as it was.
+    """
 
     def __init__(self, model: vlm.VLM) -> None:
         self._model, self._prefill, self._ends, self._tiles = model, [0.0, 0.0], list[float](), list[int]()
         self._fitting = set[tuple[str, int]]()
-        decoder: Any = model.decoder
-        self._watch(decoder, "prefill", self._prefilled)
-        self._watch(decoder, "decode", lambda _, end: self._ends.append(end))
+        self._decoder: Any = model.decoder
+        self._watch("prefill", self._prefilled)
+        self._watch("decode", lambda _, end: self._ends.append(end))
         picture = model.picture
 
         def watched(image: Any) -> Picture:
@@ -70,7 +62,7 @@ class Clock:
 
     def answer(self, prompt: str, image: str | None, max_new_tokens: int) -> Mapping[str, Any]:
         """One answer and its times. Raises InputError when the context would end it before `max_new_tokens`."""
-        self._check_room(prompt, image, max_new_tokens)
+        self.fit(prompt, image, max_new_tokens)
         self._prefill[:] = 0.0, 0.0
         self._ends.clear()
         self._tiles.clear()
@@ -98,8 +90,8 @@ class Clock:
             "tiles": sum(self._tiles) if image else None,
         }
 
-    def _check_room(self, prompt: str, image: str | None, max_new_tokens: int) -> None:
-        """Once for each question, which the first answer, to warm up, pays."""
+    def fit(self, prompt: str, image: str | None, max_new_tokens: int) -> None:
+        """Raises InputError when such an answer does not fit; looks once for each, in the first one, which warms up."""
         if (prompt, max_new_tokens) in self._fitting:
             return
         pictures, spec = [image] if image else [], self._model.spec.prompt
@@ -116,10 +108,13 @@ class Clock:
     def _prefilled(self, start: float, end: float) -> None:
         self._prefill[:] = self._prefill[0] + end - start, end
 
-    @staticmethod
-    def _watch(decoder: Any, method: str, note: Callable[[float, float], None]) -> None:
-        """Let `note` know when each call of `method` began and ended."""
-        call = getattr(decoder, method)
+    def remove(self) -> None:
+        """Stand between them no longer."""
+        del self._decoder.prefill, self._decoder.decode, self._model.picture
+
+    def _watch(self, method: str, note: Callable[[float, float], None]) -> None:
+        """Let `note` know when each call of the decoder's `method` began and ended."""
+        call = getattr(self._decoder, method)
 
         def watched(rows: Any) -> Any:
             start = time.perf_counter()
@@ -127,7 +122,7 @@ class Clock:
             note(start, time.perf_counter())
             return logits
 
-        setattr(decoder, method, watched)
+        setattr(self._decoder, method, watched)
 
 
 def precision(bundle: Bundle, engines: Mapping[str, str]) -> str:
