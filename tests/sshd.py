@@ -143,7 +143,7 @@ def serving(place: Path) -> Iterator[Server]:
             "GlobalKnownHostsFile": os.devnull,
         }
         (place / "config").write_text(
-            "Host device\n" + "".join(f"  {name} {value}\n" for name, value in client.items())
+            "Host device 127.0.0.1\n" + "".join(f"  {name} {value}\n" for name, value in client.items())
         )
         (place / "known_hosts").write_text(f"[127.0.0.1]:{wire.port} {(place / 'host.pub').read_text()}")
         yield Server(wire, place, place / "device")

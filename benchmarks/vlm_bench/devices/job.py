@@ -6,21 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_bench.pictures import find_pictures
 from vlm_bench.questions import DEMO, LISTS, read_questions
-from vlm_bench.results import readable
-from vlm_models.errors import InputError
 from vlm_runtime.bundle import open_bundle
 from vlm_runtime.manifest import NAME
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command of vlm-bench: its files, `questions` as typed, `options` such as ("--runs", "5")."""
+    """A command of vlm-bench, its options by their names there; `options` are further words of it, as typed."""
 
     bundles: tuple[Path, ...]
     images: tuple[Path, ...] = ()
     prompts: Path | None = None
     questions: str | None = None
+    engines: tuple[str, ...] = ()
+    runs: int = 5
+    max_new_tokens: int = 64
+    threads: int | None = None
+    idle_s: float = 8.0
     options: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
@@ -33,6 +37,9 @@ class Job:
             path = Path(self.questions).expanduser()
             there = "questions" if path.is_dir() else f"questions/{path.name}"
             words += ["--questions", there if _is_file(self.questions) else self.questions]
+        words += [word for engine in self.engines for word in ("--engine", engine)]
+        words += ["--runs", str(self.runs), "--max-new-tokens", str(self.max_new_tokens), "--idle", str(self.idle_s)]
+        words += ["--threads", str(self.threads)] if self.threads is not None else []
         return words + list(self.options)
 
     def images_there(self) -> dict[str, Path]:
@@ -48,12 +55,8 @@ def inputs(job: Job) -> dict[str, Path]:
         for name in (NAME, *bundle.manifest.files):
             files[f"{_bundle(number, folder)}/{name}"] = bundle.folder / name
     for there, path in job.images_there().items():
-        if not path.exists():
-            raise InputError(f"no such picture or folder: {readable(path)}")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                inside = f"/{file.relative_to(path).as_posix()}" if path.is_dir() else ""
-                files[f"{there}{inside}"] = file
+        for file in find_pictures([path]):
+            files[f"{there}/{file.name}" if path.is_dir() else there] = file
     if job.prompts is not None:
         files[f"prompts/{job.prompts.name}"] = job.prompts
     if job.questions is not None and _is_file(job.questions):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,10 @@ from vlm_bench.devices import transfer
 from vlm_bench.devices.address import Address
 from vlm_bench.devices.job import Job, inputs
 from vlm_bench.devices.ssh import LinkError, Ssh
-from vlm_bench.devices.transfer import Say, copy, given_up, insist, local_file, runtime
+from vlm_bench.devices.transfer import Keep, Say, copy, given_up, insist, local_file, runtime
 from vlm_bench.results import Results, readable
 from vlm_bench.results_file import read_results
 from vlm_models.errors import BundleError, CheckError, DependencyError, VLMError
-
-Keep = Callable[[Results], None]
 
 _LOG = 100_000  # last characters of a run's log that are kept
 STOP_S = 20.0  # seconds that an interrupted run has to write what it measured

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -41,14 +41,26 @@ class LinkError(Exception):
 class Ssh:
     """A multiplexed connection to `address`, made at the first request and again after it was lost."""
 
-    def __init__(self, address: Address, *, alias: str | None = None) -> None:
-        """`alias` is the name of its key in known_hosts, where that is not the host's. Raises DependencyError."""
+    def __init__(
+        self,
+        address: Address,
+        *,
+        dial: tuple[str, int] | None = None,
+        alias: str | None = None,
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`dial` is the host and port that lead to the device, where `address` has none.
+
+        `alias` is the name of its key in known_hosts, where that is not the host's; `renew` is called before it is
+        dialled again. Raises DependencyError, InputError.
+        """
         if shutil.which("ssh") is None:
             raise DependencyError("--device ssh:// needs the OpenSSH client: install openssh-client")
         if address.config is not None and not address.config.is_file():
             raise InputError(f"no such ssh configuration file: {address.config}")
         self.address = address
-        self._alias = alias
+        self._host, self._port = dial or (address.host, address.port)
+        self._alias, self._renew = alias, renew
         self._source = Path(agent.__file__).read_bytes()
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-")  # short: a socket's path has 104 bytes at most
 
@@ -58,12 +70,16 @@ class Ssh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.hang_up()
+        self._exit()
         self._folder.cleanup()
 
     def hang_up(self) -> None:
         """Drop the shared connection; the next request makes a new one."""
-        control = ["ssh", *self._options(), "-O", "exit", "--", self.address.host]
+        self._exit()
+        self._renew()
+
+    def _exit(self) -> None:
+        control = ["ssh", *self._options(), "-O", "exit", "--", self._host]
         subprocess.run(control, capture_output=True, check=False, timeout=30)
 
     def ask(self, do: str, data: Iterable[bytes] = (), **request: Any) -> list[dict[str, Any]]:
@@ -116,7 +132,7 @@ class Ssh:
         python = self.address.python
         home, python = ("~/", python[2:]) if python.startswith("~/") else ("", python)
         run = f"{home}{shlex.quote(python)} -c {shlex.quote(_BOOT)} {len(self._source)}"
-        return ["ssh", *self._options(), "--", self.address.host, run]
+        return ["ssh", *self._options(), "--", self._host, run]
 
     def _options(self) -> list[str]:
         address = self.address
@@ -136,7 +152,7 @@ class Ssh:
             **({"HostKeyAlias": self._alias} if self._alias else {}),
         }
         options = ["-F", str(address.config)] if address.config else []
-        options += ["-p", str(address.port)] if address.port else []
+        options += ["-p", str(self._port)] if self._port else []
         options += ["-l", address.user] if address.user else []
         return options + [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
 
@@ -194,8 +210,8 @@ class Ssh:
         address = self.address
         words = ["ssh", *(["-F", str(address.config)] if address.config else [])]
         words += ["-o", f"HostKeyAlias={self._alias}"] if self._alias else []
-        words += ["-p", str(address.port)] if address.port else []
-        words.append(f"{address.user}@{address.host}" if address.user else address.host)
+        words += ["-p", str(self._port)] if self._port else []
+        words.append(f"{address.user}@{self._host}" if address.user else self._host)
         return f"'{shlex.join(words)}'"
 
 

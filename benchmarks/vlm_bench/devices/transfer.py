@@ -13,12 +13,14 @@ from typing import TypeVar
 from vlm_bench.devices import source
 from vlm_bench.devices.address import Address
 from vlm_bench.devices.ssh import LinkError, Ssh
-from vlm_bench.results import readable
+from vlm_bench.results import Results, readable
 from vlm_models.errors import DependencyError, InputError
 
 T = TypeVar("T")
 Say = Callable[[str], None]
 """Told what happens, a line at a time."""
+Keep = Callable[[Results], None]
+"""Given what was measured so far."""
 
 PATIENCE_S = 600.0  # how long a lost link is tried again
 RETRY_S = 3.0
@@ -69,10 +71,11 @@ def copy(ssh: Ssh, wanted: Mapping[str, File], say: Say) -> None:
         need = sum(file.size - there for file, there in todo)
         if reply["free"] < need + MARGIN:
             raise InputError(
-                f"{ssh.address} has {_size(reply['free'])} free in {ssh.address.folder}, the copy takes {_size(need)} "
-                f"and {_size(MARGIN)} must stay: free some, or name another folder: {ssh.address}/FOLDER"
+                f"{ssh.address} has {megabytes(reply['free'])} free in {ssh.address.folder}, the copy takes "
+                f"{megabytes(need)} and {megabytes(MARGIN)} must stay: free some, or name another folder: "
+                f"{ssh.address}/FOLDER"
             )
-        say(f"copying {_size(need)} to {ssh.address}")
+        say(f"copying {megabytes(need)} to {ssh.address}")
         with suppress(LinkError):
             order = [(file.sha256, file.size, there) for file, there in todo]
             last = ssh.ask("receive", _content(todo, need, say), files=order)[-1:]
@@ -101,7 +104,7 @@ def _content(todo: list[tuple[File, int]], need: int, say: Say) -> Iterator[byte
                 sent += len(block)
                 if time.monotonic() - told > 1:
                     told = time.monotonic()
-                    say(f"copied {_size(sent)} of {_size(need)}")
+                    say(f"copied {megabytes(sent)} of {megabytes(need)}")
         if left:
             raise InputError(f"{file.local} became shorter while it was copied: try again when nobody writes it")
 
@@ -128,5 +131,6 @@ def given_up(address: Address, reason: str) -> DependencyError:
     )
 
 
-def _size(count: float) -> str:
+def megabytes(count: float) -> str:
+    """A size for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
