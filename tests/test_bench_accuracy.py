@@ -190,6 +190,24 @@ def test_bundles_of_different_checkpoints_have_no_kl(bundle: Path, tmp_path: Pat
         accuracy.measure({"two": (stranger, None)}, SHORT, reference=tmp_path)
 
 
+def test_what_one_bundle_cannot_do_leaves_the_others_their_scores(bundle: Path, tmp_path: Path) -> None:
+    small = running_bundle(tmp_path / "small", max_context=8)
+    told: list[tuple[str, str]] = []
+    stranger = running_bundle(tmp_path / "stranger", dataclasses.replace(running_spec(), fingerprint="0" * 64))
+    folders = {"small": small, "stranger": stranger, "bundle": bundle}
+    found = accuracy.measure(
+        {name: (folder, None) for name, folder in folders.items()},
+        SHORT,
+        reference=bundle,
+        skip=lambda what, why: told.append((what, why)),
+    )
+    assert [(one.name, one.kl is None) for one in found] == [("stranger", True), ("bundle", False)]
+    assert [what for what, _ in told] == ["accuracy of small", "KL of stranger"]
+    assert "context is 8" in told[0][1]
+    with pytest.raises(PromptError, match="context is 8"):
+        accuracy.measure({"small": (small, None)}, SHORT)
+
+
 def test_many_questions_are_sampled_evenly() -> None:
     many = [Question(str(i), None, "?", ("x",)) for i in range(100)]
     assert [q.id for q in likelihood.spread(many, 4)] == ["0", "25", "50", "75"]

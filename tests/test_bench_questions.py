@@ -41,9 +41,9 @@ def test_a_folder_and_its_lines_are_read_with_ids_kinds_and_several_answers(tmp_
         {"image": "00001.png", "question": "What?", "answers": ["a", "b"], "question_id": 17, "category": "words"},
         {"prompt": "No picture?", "answer": "Right"},
     ]
-    own = tmp_path / "own.jsonl"
+    own = tmp_path / "set" / "own.jsonl"
     own.write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), "utf-8")
-    first, second = read_questions(own, images=tmp_path / "set").questions
+    first, second = read_questions(own).questions
     assert first == Question("17", tmp_path / "set" / "00001.png", "What?", ("a", "b"), "words")
     assert (second.image, second.pictures(), second.shown(), second.id) == (None, [], None, "3")
 

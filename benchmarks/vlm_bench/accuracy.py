@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,15 @@ from vlm_bench.likelihood import Reference, bundle_reference, checkpoint_referen
 from vlm_bench.questions import Question, QuestionSet, demo_questions, read_questions
 from vlm_bench.results import Accuracy, Asked, readable
 from vlm_models.command import run
-from vlm_models.errors import InputError
+from vlm_models.errors import InputError, VLMError
 from vlm_runtime.manifest import NAME as MANIFEST
 
 Ask = Callable[[Question], str]
 """A contestant's answer to one question."""
 Watch = Callable[[str, int, int], None]
 """Called with (what is done, done, of)."""
+Skip = Callable[[str, str], None]
+"""Called with (what could not be measured, why)."""
 
 LONGEST = 32  # tokens of an answer; those of the usual sets are a word or a few
 DEMO_LONGEST = 12  # the demo's have at most three
@@ -37,24 +40,28 @@ def measure(
     threads: int | None = None,
     max_new_tokens: int = LONGEST,
     watch: Watch = lambda what, done, of: None,
+    skip: Skip | None = None,
 ) -> tuple[Accuracy, ...]:
     """Ask each bundle, name → (folder, engine as for `vlm_runtime.load`), every question; one is open at a time.
 
     KL is measured to `reference`, the folder of a bundle or a checkpoint; without one to the first of several bundles,
-    for those of the same checkpoint. Raises what `vlm_runtime.load` does, CheckpointError, and InputError where a
-    bundle and the `reference` that was given are of different checkpoints.
+    for those of the same checkpoint. Raises what `vlm_runtime.load` does, PromptError for a question that a bundle has
+    no room for, CheckpointError, and InputError where a bundle and the `reference` that was given are of different
+    checkpoints; with `skip` the other bundles and scores go on, and it is told.
     """
     compared = None if reference is None else read_reference(reference, questions, threads=threads, watch=watch)
     found = []
     for name, (folder, engine) in bundles.items():
-        vlm = vlm_runtime.load(folder, engine=engine, threads=threads)
-        kl, to = None, None
-        if compared is not None and (reference is not None or vlm.spec.fingerprint == compared.fingerprint):
-            kl, to = mean_divergence(vlm, compared), compared.name
-        answers = ask_all(name, asker(vlm, max_new_tokens), questions, watch)
-        found.append(score(name, questions, answers, kl=kl, kl_reference=to))
-        if compared is None and len(bundles) > 1:
-            compared = bundle_reference(name, vlm, questions)
+        with _skipping(f"accuracy of {name}", skip):
+            vlm = vlm_runtime.load(folder, engine=engine, threads=threads)
+            answers = ask_all(name, asker(vlm, max_new_tokens), questions, watch)
+            kl, to = None, None
+            if compared is not None and (reference is not None or vlm.spec.fingerprint == compared.fingerprint):
+                with _skipping(f"KL of {name}", skip):
+                    kl, to = mean_divergence(vlm, compared), compared.name
+            found.append(score(name, questions, answers, kl=kl, kl_reference=to))
+            if compared is None and len(bundles) > 1:
+                compared = bundle_reference(name, vlm, questions)
     return tuple(found)
 
 
@@ -139,6 +146,16 @@ def accuracy(bundle: Path, pictures: int) -> dict[str, float]:
         for question in track(asked, "asking", console=Console(stderr=True), transient=True)
     ]
     return dict(_by_kind([question.kind for question in asked], right))
+
+
+@contextmanager
+def _skipping(what: str, skip: Skip | None) -> Iterator[None]:
+    try:
+        yield
+    except VLMError as error:
+        if skip is None:
+            raise
+        skip(what, str(error))
 
 
 def _by_kind(kinds: Sequence[str], right: Sequence[bool]) -> Mapping[str, float]:

@@ -70,12 +70,12 @@ class QuestionSet:
     questions: tuple[Question, ...]
 
 
-def read_questions(source: str | Path, *, images: Path | None = None, limit: int | None = None) -> QuestionSet:
+def read_questions(source: str | Path, *, limit: int | None = None) -> QuestionSet:
     """The questions of `source`, the first `limit` of them.
 
     `demo` is the demo's held-out pictures, `demo:N` the first N of them. A .jsonl line is {"image", "question" or
     "prompt", "answer" (a text, or a list of texts each of which is right), "id"?, "kind"?}. Of a LLaVA .json the first
-    question and answer of each conversation are taken. Paths are relative to the file's folder, or to `images`.
+    question and answer of each conversation are taken. Pictures are named relative to the file's folder.
     Raises InputError, one line with the place: no such set, no questions, no answer, a picture that is not there.
     """
     text = str(source)
@@ -83,7 +83,7 @@ def read_questions(source: str | Path, *, images: Path | None = None, limit: int
         found, name = demo_questions(_pictures(text)), text
     else:
         path = Path(source).expanduser()
-        found, name = _file(path, images), readable(path.name)
+        found, name = _file(path), readable(path.name)
     kept = tuple(islice(found, limit))
     if not kept:
         raise InputError(f"{readable(source)} holds no questions: give {_LAYOUTS}")
@@ -116,36 +116,35 @@ def _pictures(source: str) -> int:
     return int(count)
 
 
-def _file(path: Path, images: Path | None) -> Iterator[Question]:
-    if images is not None and not images.is_dir():
-        images = images.parent
+def _file(path: Path) -> Iterator[Question]:
     if path.is_dir():
         lists = [path / name for name in LISTS if (path / name).is_file()]
         if not lists:
             raise InputError(f"{readable(path)} has no {' or '.join(LISTS)}: give {_LAYOUTS}")
-        return _lines(lists[0], images or path)
+        return _lines(lists[0])
     if not path.is_file():
         raise InputError(f"no such questions: {readable(path)}; give {_LAYOUTS}")
     match path.suffix.lower():
         case ".jsonl":
-            return _lines(path, images or path.parent)
+            return _lines(path)
         case ".json":
-            return _conversations(path, images or path.parent)
+            return _conversations(path)
     raise InputError(f"{readable(path)} holds no questions that can be read: give {_LAYOUTS}")
 
 
-def _lines(path: Path, folder: Path) -> Iterator[Question]:
+def _lines(path: Path) -> Iterator[Question]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             where = f"{readable(path)}:{number}"
             row = _object(_json(line, where), where)
             text = row.get("question", row.get("prompt", row.get("text")))
+            answer = row.get("answer", row.get("answers"))
             name = row.get("id", row.get("question_id", number))
             kind = row.get("kind", row.get("category", ""))
-            yield _question(name, folder, row.get("image"), text, row.get("answer", row.get("answers")), kind, where)
+            yield _question(name, path.parent, row.get("image"), text, answer, kind, where)
 
 
-def _conversations(path: Path, folder: Path) -> Iterator[Question]:
+def _conversations(path: Path) -> Iterator[Question]:
     data = _json(_text(path), readable(path))
     if not isinstance(data, list):
         raise InputError(f"{readable(path)} holds a {type(data).__name__}: LLaVA's format is a list of conversations")
@@ -157,7 +156,7 @@ def _conversations(path: Path, folder: Path) -> Iterator[Question]:
             raise InputError(f'{where} has no "conversations": a list of {{"from", "value"}}')
         said = {kind: next((t.get("value") for t in turns if t.get("from") == kind), None) for kind in ("human", "gpt")}
         text = said["human"].replace("<image>", "").strip() if isinstance(said["human"], str) else None
-        yield _question(row.get("id", number), folder, row.get("image"), text, said["gpt"], "", where)
+        yield _question(row.get("id", number), path.parent, row.get("image"), text, said["gpt"], "", where)
 
 
 def _question(name: Any, folder: Path, image: Any, text: Any, answer: Any, kind: Any, where: str) -> Question:
