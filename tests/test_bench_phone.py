@@ -16,7 +16,7 @@ import pytest
 from adb_server import Phone
 from bundles import tiny_bundle
 from sshd import serving
-from test_bench_devices import fake_archive
+from test_bench_devices import fake_archive, gated
 from vlm_bench.devices import llamacpp, source, ssh, transfer
 from vlm_bench.devices.device import measure_on
 from vlm_bench.devices.job import Job
@@ -276,7 +276,7 @@ def test_termux_is_reached_through_a_port_that_is_led_there_again(
     gate, said, kept, results = tmp_path / "gate", list[str](), list[Results](), list[Results]()
     with TemporaryDirectory(prefix="vlm-") as place, serving(Path(place)) as server:
         url = server.url.replace(f"ssh://device{server.folder}", f"{URL}{server.folder}") + f"&port={server.wire.port}"
-        work = Job((bundle,), options=("--gate", str(gate)))
+        work = gated(Job((bundle,)), gate)
 
         def measure() -> None:
             results.append(measure_on(url, work, say=said.append, keep=kept.append))

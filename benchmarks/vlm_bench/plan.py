@@ -213,10 +213,17 @@ def _on_device(plan: Plan, console: Console, keep: Callable[[Results], None]) ->
     from vlm_bench.devices.job import Job
 
     assert plan.device is not None
-    options = ["--runs", str(plan.runs), "--max-new-tokens", str(plan.max_new_tokens), "--idle", str(plan.idle_s)]
-    options += ["--threads", str(plan.threads)] if plan.threads is not None else []
-    options += [word for engine in plan.engines for word in ("--engine", engine)]
-    job = Job(plan.bundles, plan.images, plan.prompts, plan.questions, tuple(options))
+    job = Job(
+        bundles=plan.bundles,
+        images=plan.images,
+        prompts=plan.prompts,
+        questions=plan.questions,
+        engines=plan.engines,
+        runs=plan.runs,
+        max_new_tokens=plan.max_new_tokens,
+        threads=plan.threads,
+        idle_s=plan.idle_s,
+    )
     return measure_on(plan.device, job, say=_say(console), keep=keep, binaries=plan.device_binaries)
 
 

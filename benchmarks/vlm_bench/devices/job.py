@@ -14,7 +14,7 @@ from vlm_runtime.manifest import NAME
 
 @dataclass(frozen=True)
 class Job:
-    """A command of vlm-bench, its options by their names there; `options` are further words of it, as typed."""
+    """A command of vlm-bench, its options by their names there."""
 
     bundles: tuple[Path, ...]
     images: tuple[Path, ...] = ()
@@ -25,7 +25,6 @@ class Job:
     max_new_tokens: int = 64
     threads: int | None = None
     idle_s: float = 8.0
-    options: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """The arguments of vlm-bench on the device, where `inputs` lie in its working directory."""
@@ -39,8 +38,7 @@ class Job:
             words += ["--questions", there if _is_file(self.questions) else self.questions]
         words += [word for engine in self.engines for word in ("--engine", engine)]
         words += ["--runs", str(self.runs), "--max-new-tokens", str(self.max_new_tokens), "--idle", str(self.idle_s)]
-        words += ["--threads", str(self.threads)] if self.threads is not None else []
-        return words + list(self.options)
+        return words + (["--threads", str(self.threads)] if self.threads is not None else [])
 
     def images_there(self) -> dict[str, Path]:
         """The pictures and folders of them: path on the device → path here."""

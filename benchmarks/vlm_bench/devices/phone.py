@@ -51,7 +51,7 @@ def measure_with_llamacpp(adb: Adb, job: Job, binaries: Path, *, say: Say, keep:
 
     Raises InputError for a job that llama.cpp's programs cannot do, BundleError where no bundle holds GGUF files.
     """
-    if job.questions is not None or job.engines or job.options:
+    if job.questions is not None or job.engines:
         raise InputError("with --device-binaries llama.cpp's program answers alone: leave --questions and --engine out")
     prompts, pictures = read_prompts(job.prompts), find_pictures(job.images)
     abis = tuple(adb.insist(lambda: adb.shell("getprop ro.product.cpu.abilist"), say).strip().split(","))
