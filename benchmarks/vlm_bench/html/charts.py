@@ -25,7 +25,7 @@ from vlm_bench.html.drawing import (
     short,
     svg,
 )
-from vlm_bench.results import Row
+from vlm_bench.results import NOT_MEASURED, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,7 @@ FIRST_TOKEN: Mapping[str, tuple[str, str, str]] = {
     "first_token": (GREEN, "\\\\\\\\", "first token"),
 }
 SMALLEST = 1e-9  # of 1 - cosine: below it is rounding of float64 sums
+_UNTOLD = 0.02  # share of a TTFT that its stages may leave without a word
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BAR = 46  # CSS pixels of one contestant: a line of text and a bar
 
@@ -65,11 +66,11 @@ def first_token(rows: Sequence[Row]) -> dict[str, str]:
                 if (stat := row.stages_ms.get(stage)) is not None:
                     axes.barh(at, stat.median, 0.5, left, color=color, hatch=hatch, edgecolor=INK, linewidth=0.5)
                     left += stat.median
-            if not left and row.ttft_ms is not None:
-                left = row.ttft_ms.median
-                axes.barh(at, left, 0.5, color="none", edgecolor=INK, linewidth=1, linestyle="--")
-            if row.ttft_ms is not None:
-                _label(axes, at, left, f"{_round(row.ttft_ms.median)} ms")
+            whole = row.ttft_ms.median if row.ttft_ms is not None else left
+            if whole - left > _UNTOLD * whole:
+                axes.barh(at, whole - left, 0.5, left, color="none", edgecolor=INK, linewidth=1, linestyle="--")
+            text = NOT_MEASURED if row.ttft_ms is None else f"{_round(row.ttft_ms.median)} ms"
+            _label(axes, at, max(left, whole), text)
         axes.set_xlabel("ms from question and picture to the first token")
         _legend(axes, size)
 
@@ -108,8 +109,9 @@ def scatter(points: Sequence[Point]) -> dict[str, str]:
                 for number, point in enumerate(points):
                     _point(panel, point, number, across, "exact" if asked else "ttft_ms")
                 panel.set_xlabel(label)
-                panel.set_xlim(left=0)
-                panel.margins(0.12)
+                reach = max((getattr(point, across) or 0 for point in points), default=0)
+                panel.set_xlim(0, 1.12 * reach or 1)
+                panel.margins(y=0.12)
                 panel.grid(linewidth=0.5)
                 if panel is axes[0] or not beside:
                     panel.set_ylabel("exact answers, %" if asked else "ms to the first token")
@@ -171,7 +173,7 @@ def _bars(name: str, names: Sequence[str], draw: Any) -> dict[str, str]:
             axes.set_axisbelow(True)
             for at, one in enumerate(names):
                 axes.annotate(
-                    short(one), (0, at), (0, 15), textcoords="offset points", va="bottom", annotation_clip=False
+                    short(one), (0, at - 0.25), (0, 3), textcoords="offset points", va="bottom", annotation_clip=False
                 )
             charts[size.name] = svg(drawn, f"{name}-{size.name}")
     return charts
