@@ -35,6 +35,9 @@ def choose_bundles(bundles: Sequence[Path], engines: Sequence[str], threads: int
     """
     if len({path.resolve() for path in bundles}) < len(bundles):
         raise InputError("a bundle is given twice: give each once")
+    for path in bundles:
+        if any("\ud800" <= c <= "\udfff" for c in str(path.resolve())):  # bytes that are no text
+            raise InputError(f"{readable(path)}: the folder's name is not UTF-8, which engines cannot open: rename it")
     names = short_names(bundles)
     found: list[Chosen] = []
     skipped: list[Skipped] = []

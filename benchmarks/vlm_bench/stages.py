@@ -151,8 +151,11 @@ def noise(number: int, size: int = 336) -> Image.Image:
 
 
 def marked(picture: Image.Image, number: int) -> Image.Image:
-    """The picture with one corner of a different grey for each repeat, so that no cache knows it."""
+    """The picture with a small square of another grey for each repeat, so that no cache knows it.
+
+    In the middle, where no crop takes it away.
+    """
     copy = picture.convert("RGB")
-    side = max(1, min(copy.size) // 16)
-    copy.paste((number * 37 % 256,) * 3, (0, 0, side, side))
+    side, (x, y) = max(1, min(copy.size) // 16), (copy.width // 2, copy.height // 2)
+    copy.paste((number * 37 % 256,) * 3, (x - side // 2, y - side // 2, x - side // 2 + side, y - side // 2 + side))
     return copy
