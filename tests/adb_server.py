@@ -15,6 +15,8 @@ import subprocess
 import threading
 from pathlib import Path
 
+from sshd import listening
+
 ROOT = "/data/local/tmp"
 PROPERTIES = {
     "ro.product.cpu.abilist": "x86_64,x86",
@@ -37,7 +39,7 @@ class Phone:
         self.program("getprop", "".join(f"[ $1 = {k} ] && echo '{v}'\n" for k, v in PROPERTIES.items()) + "true\n")
         self.program("dumpsys", "[ $1 = battery ] && echo '  temperature: 314' || echo 'Thermal Status: 1'\n")
         self._open = set[socket.socket]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listening()
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener, self._serve), daemon=True).start()
 
@@ -151,7 +153,7 @@ class Phone:
 
     def _forward(self, near: socket.socket, request: str) -> None:
         local, _, there = request.partition(":forward:")[2].partition(";")
-        listener = socket.create_server(("127.0.0.1", int(local.removeprefix("norebind:").removeprefix("tcp:"))))
+        listener = listening(int(local.removeprefix("norebind:").removeprefix("tcp:")))
         port, target = listener.getsockname()[1], int(there.removeprefix("tcp:"))
         self.forwards[port] = listener
 

@@ -19,6 +19,16 @@ from pathlib import Path
 SSHD = "/usr/sbin/sshd"
 
 
+def listening(port: int = 0) -> socket.socket:
+    """A TCP socket on loopback; a free port is one that nobody else has, whatever state it is in."""
+    if port:
+        return socket.create_server(("127.0.0.1", port))
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))  # without SO_REUSEADDR, by which two may be given the same one
+    free.listen()
+    return free
+
+
 class Wire:
     """A TCP port that leads to another one: counts what is sent, and can be cut, frozen and mended.
 
@@ -31,7 +41,7 @@ class Wire:
         self._whole, self._flows = threading.Event(), threading.Event()
         self._whole.set()
         self._flows.set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listening()
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -111,7 +121,7 @@ def serving(place: Path) -> Iterator[Server]:
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / name], check=True)
     shutil.copy(place / "user.pub", place / "authorized_keys")
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    with listening() as free:
         port = free.getsockname()[1]
     settings = {
         "ListenAddress": f"127.0.0.1:{port}",
