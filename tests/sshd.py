@@ -105,10 +105,11 @@ class Server:
     wire: Wire
     keys: Path
     folder: Path
+    options: str = f"&python={sys.executable}"
 
     @property
     def url(self) -> str:
-        return f"ssh://device{self.folder}?config={self.keys}/config&python={sys.executable}"
+        return f"ssh://device{self.folder}?config={self.keys}/config{self.options}"
 
 
 @contextmanager

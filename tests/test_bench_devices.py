@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,12 +20,15 @@ import numpy as np
 import pytest
 
 from bundles import tiny_bundle
+from running import running_bundle
 from sshd import Server, serving
+from vlm_bench import cli
 from vlm_bench.devices import agent, job, source, ssh, transfer
 from vlm_bench.devices.address import Address, parse
 from vlm_bench.devices.device import measure_on
 from vlm_bench.devices.job import Job
 from vlm_bench.results import Accuracy, Asked, Environment, Results, Settings
+from vlm_bench.results_file import read_results
 from vlm_models.errors import BundleError, CheckError, DependencyError, InputError
 from vlm_models.plain import to_plain
 
@@ -391,6 +395,54 @@ def test_what_the_disk_does_not_take_is_told_and_taken_away(tmp_path: Path) -> N
     assert done.stdout.startswith(agent.MARK.encode())
     assert json.loads(done.stdout[len(agent.MARK) :])["error"] == "File too large"
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_what_is_installed_there_is_used_where_that_is_asked_for(
+    device: Server, bundle: Path, gate: Path, tmp_path: Path
+) -> None:
+    """A Python that has another runtime in its path stands for one where it is installed."""
+    gate.touch()
+    with zipfile.ZipFile(io.BytesIO(fake_archive())) as archive:
+        archive.extractall(tmp_path / "installed")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/installed exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    there = dataclasses.replace(device, options=f"&python={python}&runtime=installed")
+    run = Run(there, Job((bundle,)), gate)
+    assert run.wait().complete
+    assert list((device.folder / "runtimes").iterdir()) == []
+    assert any("vlm-export installed there" in line for line in run.said)
+
+
+def test_names_that_are_no_utf8_travel_as_they_are(device: Server, gate: Path, tmp_path: Path) -> None:
+    gate.touch()
+    odd = tmp_path / os.fsdecode(b"caf\xe9 'x'")
+    results = Run(device, Job((tiny_bundle(odd),)), gate).wait()
+    assert results.complete
+    assert "bundles/0/" in results.command
+
+
+@pytest.mark.slow
+def test_the_real_command_measures_there_with_the_sources_of_here(
+    server: Server, tmp_path: Path, picture_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.wire.mend()
+    bundle = running_bundle(tmp_path / "bundle")
+    url = dataclasses.replace(server, folder=tmp_path / "device").url
+    output = tmp_path / "out.json"
+    words = ["vlm-bench", bundle, "--image", picture_file, "--runs", "1", "--max-new-tokens", "2", "--threads", "1"]
+    words += ["--idle", "0", "--device", url, "--json", output]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert not exited.value.code
+    results = read_results(output)
+    assert results.complete
+    assert results.environment.device == "ssh://device"
+    assert results.command.startswith(f"vlm-bench {bundle} --image")
+    assert [row.name for row in results.rows] == ["bundle"]
+    assert results.rows[0].new_tokens == 2
+    assert results.settings.images == (str(picture_file),)
 
 
 def test_questions_of_ones_own_travel_with_their_pictures(bundle: Path, tmp_path: Path, picture_file: Path) -> None:

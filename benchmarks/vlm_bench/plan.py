@@ -145,7 +145,7 @@ def _here(plan: Plan, console: Console, keep: Callable[[Results], None]) -> Resu
         images,
         prompts,
         settings,
-        command=readable(shlex.join(["vlm-bench", *sys.argv[1:]])),
+        command=_typed(),
         skipped=[*skipped, *absent],
         save=keep,
         watch=_watch(console),
@@ -223,8 +223,14 @@ def _on_device(plan: Plan, console: Console, keep: Callable[[Results], None]) ->
         max_new_tokens=plan.max_new_tokens,
         threads=plan.threads,
         idle_s=plan.idle_s,
+        typed=_typed(),
     )
     return measure_on(plan.device, job, say=_say(console), keep=keep, binaries=plan.device_binaries)
+
+
+def _typed() -> str:
+    """The line that was typed."""
+    return readable(shlex.join(["vlm-bench", *sys.argv[1:]]))
 
 
 def _say(console: Console) -> Callable[[str], None]:

@@ -14,7 +14,7 @@ from vlm_runtime.manifest import NAME
 
 @dataclass(frozen=True)
 class Job:
-    """A command of vlm-bench, its options by their names there."""
+    """A command of vlm-bench, its options by their names there; `typed` is the line itself, for the results."""
 
     bundles: tuple[Path, ...]
     images: tuple[Path, ...] = ()
@@ -25,6 +25,7 @@ class Job:
     max_new_tokens: int = 64
     threads: int | None = None
     idle_s: float = 8.0
+    typed: str = ""
 
     def command(self) -> list[str]:
         """The arguments of vlm-bench on the device, where `inputs` lie in its working directory."""

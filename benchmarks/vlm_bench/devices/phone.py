@@ -70,8 +70,8 @@ def measure_with_llamacpp(adb: Adb, job: Job, binaries: Path, *, say: Say, keep:
             images=tuple(map(readable, pictures)) or (NOISE,),
             prompts=prompts,
         )
-        results = Results(datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "", place, settings)
-        results = replace(results, skipped=tuple(skipped))
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        results = Results(created, job.typed, place, settings, skipped=tuple(skipped))
         for number in range(job.runs + 1):  # the first one only warms up
             for entry in entries:
                 say(f"adb://{adb.serial}: {entry.name}, repetition {number} of {job.runs}")

@@ -145,7 +145,7 @@ def _ended(results: Results | None, code: int | None, log: str, address: Address
 
 
 def _stamped(results: Results, address: Address, paths: Mapping[str, Path], job: Job) -> Results:
-    """With the device's address, and the pictures by their names here."""
+    """With the device's address, the line that was typed here, and the pictures by their names here."""
     here = {readable(name): readable(path) for name, path in (*paths.items(), *job.images_there().items())}
 
     def at_home(image: str | None) -> str | None:
@@ -157,6 +157,7 @@ def _stamped(results: Results, address: Address, paths: Mapping[str, Path], job:
     )
     return replace(
         results,
+        command=job.typed or results.command,
         environment=replace(results.environment, device=str(address)),
         settings=replace(results.settings, images=tuple(here.get(name, name) for name in results.settings.images)),
         accuracy=accuracy,

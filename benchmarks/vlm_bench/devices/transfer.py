@@ -26,6 +26,7 @@ PATIENCE_S = 600.0  # how long a lost link is tried again
 RETRY_S = 3.0
 MARGIN = 256 << 20  # bytes that must stay free on the device
 _BLOCK = 1 << 20
+_TELL_S = 5.0
 _TRIES = 3  # copies that arrive damaged
 
 
@@ -102,7 +103,7 @@ def _content(todo: list[tuple[File, int]], need: int, say: Say) -> Iterator[byte
                 yield block
                 left -= len(block)
                 sent += len(block)
-                if time.monotonic() - told > 1:
+                if time.monotonic() - told > _TELL_S:
                     told = time.monotonic()
                     say(f"copied {megabytes(sent)} of {megabytes(need)}")
         if left:
