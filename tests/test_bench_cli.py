@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from running import running_bundle
+from running import running_bundle, running_spec
 from vlm_bench import cli, measure, stages
 from vlm_bench.entries import choose_bundles, peer_contestants
 from vlm_bench.results import SCHEMA, STAGES, Settings
@@ -83,6 +84,49 @@ def test_vlm_bench_measures_bundles_and_pictures_of_any_name(
         assert row.bytes_on_disk == sum(
             file.stat().st_size for file in bundle.rglob("*") if file.is_file() and file.name != "manifest.json"
         )
+
+
+@pytest.mark.slow
+def test_one_run_has_accuracy_drift_and_a_page(bundle: Path, picture_file: Path, tmp_path: Path, bench: Bench) -> None:
+    other = running_bundle(tmp_path / "other", seed=1)
+    shutil.copy(picture_file, tmp_path / "a.png")
+    row = {"image": "a.png", "question": "What?", "answer": "this"}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "prompts.txt").write_text("What is it?\n\nHow many?\n")
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    options = ["--runs", 1, "--idle", 0, "--max-new-tokens", 3, "--threads", 1, "--prompts", tmp_path / "prompts.txt"]
+    code, text, err = bench(
+        bundle, other, *options, "--questions", tmp_path / "set.jsonl", "--json", out, "--html", page
+    )
+    assert (code, err) == (0, "")
+    results = read_results(out)
+    jsonschema.validate(json.loads(out.read_bytes()), json.loads(SCHEMA.read_bytes()))
+    assert [(one.name, one.questions) for one in results.accuracy] == [("bundle", 1), ("other", 1)]
+    assert [(one.reference, one.name, one.prompt) for one in results.drift] == [
+        ("bundle", "other", "What is it?"),
+        ("bundle", "other", "How many?"),
+    ]
+    assert {one.first for one in results.drift} == {"image_features"}
+    assert all((one.image or "").startswith("data:image/jpeg;base64,") for one in results.drift)
+    assert results.settings.prompts == ("What is it?", "How many?")
+    assert "beside bundle: worst cosines" in text
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_what_fails_after_the_times_were_measured_does_not_lose_them(
+    bundle: Path, tmp_path: Path, bench: Bench
+) -> None:
+    spec = dataclasses.replace(running_spec(), fingerprint="e" * 64)
+    stranger = running_bundle(tmp_path / "stranger", spec)
+    out = tmp_path / "out.json"
+    options = ["--runs", 1, "--idle", 0, "--max-new-tokens", 2, "--threads", 1, "--drift", "--json", out]
+    code, text, _ = bench(bundle, stranger, *options)
+    results = read_results(out)
+    assert code == 0
+    assert results.complete
+    assert len(results.rows) == 2
+    assert [one.name for one in results.skipped] == ["drift of stranger"]
+    assert "not of the same checkpoint as bundle" in text
 
 
 def test_ctrl_c_leaves_a_valid_file_and_no_process(bundle: Path, tmp_path: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -20,11 +16,12 @@ from vlm_bench import tables
 from vlm_bench.csv_file import write_csv
 from vlm_bench.entries import Chosen, choose_bundles, peer_contestants
 from vlm_bench.pictures import find_pictures
+from vlm_bench.quality import with_accuracy, with_drift
 from vlm_bench.report import RESULTS
-from vlm_bench.results import Results, Settings, Skipped, readable
+from vlm_bench.results import Results, Settings, readable
 from vlm_bench.results_file import write_results
 from vlm_bench.run import measure
-from vlm_bench.stages import QUESTION, noise
+from vlm_bench.stages import QUESTION
 from vlm_models.errors import InputError
 from vlm_runtime.engine import Options, thread_count
 
@@ -152,15 +149,10 @@ def _here(plan: Plan, console: Console, keep: Callable[[Results], None]) -> Resu
     )
     able = [one for one in chosen if any(row.name == one.name for row in results.rows)]
     if questions is not None:
-        from vlm_bench import accuracy
-
-        bundles = {one.name: (one.folder, one.engine) for one in able}
-        watch = _watch(console)
-        found = accuracy.measure(bundles, questions, reference=plan.checkpoint, threads=threads, watch=watch)
-        results = dataclasses.replace(results, accuracy=found)
+        results = with_accuracy(results, able, questions, plan.checkpoint, _watch(console))
         keep(results)
     if _wants_drift(plan, able):
-        results = _with_drift(plan, results, able, images, prompts, console)
+        results = with_drift(results, able, images, prompts, plan.checkpoint, _watch(console))
     return dataclasses.replace(results, complete=True)
 
 
@@ -168,44 +160,6 @@ def _wants_drift(plan: Plan, able: Sequence[Chosen]) -> bool:
     if plan.drift is not None:
         return plan.drift
     return plan.checkpoint is not None or (plan.html_file is not None and len(able) > 1)
-
-
-def _with_drift(
-    plan: Plan,
-    results: Results,
-    able: Sequence[Chosen],
-    images: Sequence[Path],
-    prompts: Sequence[str],
-    console: Console,
-) -> Results:
-    from vlm_bench.drift import Candidate, drift
-
-    skipped: list[Skipped] = []
-    candidates = [Candidate(one.name, one.folder, one.engine) for one in able]
-    with TemporaryDirectory(prefix="vlm-bench-") as folder:
-        shown = list(images)
-        if not shown:
-            shown = [Path(folder) / f"{NOISE}.png"]
-            noise(0).save(shown[0])
-        found = drift(
-            candidates,
-            shown,
-            prompts,
-            checkpoint=plan.checkpoint,
-            max_new_tokens=min(plan.max_new_tokens, 16),
-            threads=results.settings.threads,
-            skip=lambda name, reason: skipped.append(Skipped(f"drift of {name}", readable(reason))),
-            progress=_watch(console),
-        )
-        if not images:  # its file goes with the folder
-            found = tuple(dataclasses.replace(one, image=_data_url(noise(0))) for one in found)
-    return dataclasses.replace(results, drift=found, skipped=(*results.skipped, *skipped))
-
-
-def _data_url(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=60)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _on_device(plan: Plan, console: Console, keep: Callable[[Results], None]) -> Results:
