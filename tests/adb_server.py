@@ -33,7 +33,7 @@ class Phone:
     def __init__(self, folder: Path, serial: str = "FAKE123") -> None:
         self.folder, self.serial, self.plugged, self.commands = folder, serial, True, list[str]()
         self.forwards: dict[int, socket.socket] = {}
-        self.pushed, self.refuses = list[str](), ""
+        self.pushed, self.refuses, self.full = list[str](), "", False
         (folder / "bin").mkdir(parents=True)
         (folder / "tmp").mkdir()
         self.program("getprop", "".join(f"[ $1 = {k} ] && echo '{v}'\n" for k, v in PROPERTIES.items()) + "true\n")
@@ -145,6 +145,10 @@ class Phone:
                 continue
             assert kind == b"SEND", kind
             self.pushed.append(name)
+            if self.full:
+                reason = b"couldn't write: No space left on device"
+                near.sendall(b"FAIL" + struct.pack("<I", len(reason)) + reason)
+                return
             there = Path(name.rpartition(",")[0].replace(ROOT, str(self.folder / "tmp")))
             with there.open("wb") as file:
                 while (block := struct.unpack("<4sI", _exactly(near, 8)))[0] == b"DATA":

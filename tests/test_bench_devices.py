@@ -45,7 +45,8 @@ def main():
     out.write_text(json.dumps(results))
     with open("started", "a") as started:
         started.write("x")
-    while not gate.exists():
+    end = time.monotonic() + 120  # a test that failed must not leave it running
+    while not gate.exists() and time.monotonic() < end:
         time.sleep(0.02)
     said = gate.read_text()
     if said.startswith("error: "):
@@ -310,6 +311,14 @@ def test_an_error_over_there_is_one_line_here_with_its_exit_code(device: Server,
     with pytest.raises(BundleError, match=r"^on ssh://device: bundles/0/bundle has no vision_encoder") as raised:
         Run(device, Job((bundle,)), gate).wait()
     assert raised.value.exit_code == 2
+
+
+def test_a_crash_over_there_is_no_success(device: Server, bundle: Path, gate: Path) -> None:
+    gate.write_bytes(b"\xff")  # the runtime stumbles over it
+    run = Run(device, Job((bundle,)), gate)
+    with pytest.raises(CheckError, match=r"vlm-bench on ssh://device ended with exit code 1 \(UnicodeDecodeError"):
+        run.wait()
+    assert run.kept, "what was measured before is here"
 
 
 def quick(url: str, bundle: Path) -> Results:

@@ -210,6 +210,14 @@ def test_a_phone_without_room_gets_nothing(
     assert phone.pushed == []
 
 
+def test_a_disk_that_is_full_all_the_same_is_one_line(phone: Phone, binaries: Path, bundle: Path) -> None:
+    phone.full = True
+    with pytest.raises(InputError, match=rf"{URL} is full \(.*No space left on device\)") as raised:
+        run(Job((bundle,), runs=1), binaries)
+    assert "\n" not in str(raised.value)
+    assert list((there(phone) / "files").iterdir()) == []
+
+
 def test_a_file_that_arrives_damaged_is_taken_away(phone: Phone, binaries: Path, bundle: Path) -> None:
     phone.program("sha256sum", "echo 0000  $1\n")
     with pytest.raises(CheckError, match="arrived damaged"):

@@ -13,7 +13,7 @@ from typing import TypeVar
 from vlm_bench.devices import transfer
 from vlm_bench.devices.ssh import LinkError
 from vlm_bench.devices.transfer import Say
-from vlm_models.errors import DependencyError
+from vlm_models.errors import DependencyError, InputError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Adb:
         return text
 
     def push(self, local: Path, there: str) -> None:
-        """Copy a file. Raises as `shell` does."""
+        """Copy a file. Raises as `shell` does, and InputError where there is no room."""
         self._run("push", str(local), there, timeout_s=None)
 
     def forward(self, port: int, local: int = 0) -> int:
@@ -66,7 +66,7 @@ class Adb:
 
     def insist(self, ask: Callable[[], T], say: Say) -> T:
         """What `ask` returns, tried again for `transfer.PATIENCE_S` where the link is lost. Raises DependencyError."""
-        end = time.monotonic() + transfer.PATIENCE_S
+        end, told = time.monotonic() + transfer.PATIENCE_S, ""
         while True:
             try:
                 return ask()
@@ -76,7 +76,9 @@ class Adb:
                         f"no link to adb://{self.serial} for {transfer.PATIENCE_S / 60:.0f} minutes ({error}): connect "
                         "it and measure again"
                     ) from None
-                say(f"lost the link to adb://{self.serial} ({error}): trying again")
+                if told != str(error):
+                    say(f"lost the link to adb://{self.serial} ({error}): trying again")
+                    told = str(error)
                 time.sleep(transfer.RETRY_S)
 
     def _run(self, *words: str, timeout_s: float | None = ANSWER_S, fails: bool = True) -> tuple[str, str]:
@@ -92,7 +94,11 @@ class Adb:
         if done.returncode and _GONE.search(said):
             raise LinkError(last)
         if done.returncode and fails:
-            raise DependencyError(f"adb://{self.serial}: adb {words[0]} failed ({last or done.returncode})")
+            complaint = next((line for line in out.splitlines() if "error: " in line), "")  # of push, on stdout
+            why = last or complaint.partition("error: ")[2][-200:] or f"exit code {done.returncode}"
+            if "No space left" in why:
+                raise InputError(f"adb://{self.serial} is full ({why}): free some space there")
+            raise DependencyError(f"adb://{self.serial}: adb {words[0]} failed ({why})")
         return last, out
 
     def _absent(self, reason: str) -> str:

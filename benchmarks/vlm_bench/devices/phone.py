@@ -27,7 +27,7 @@ from vlm_bench.plan import NOISE, read_prompts
 from vlm_bench.results import Condition, Environment, LoadTimes, Results, Settings, Skipped, readable
 from vlm_bench.row import Facts, Repetition, make_row, means
 from vlm_bench.stages import noise
-from vlm_models.errors import BundleError, CheckError, InputError
+from vlm_models.errors import BundleError, CheckError, DependencyError, InputError
 from vlm_runtime.bundle import open_bundle
 from vlm_runtime.image import open_image
 
@@ -139,7 +139,11 @@ def _push(wanted: Mapping[str, File], adb: Adb, say: Say) -> None:
 def _push_one(file: File, adb: Adb) -> None:
     there = f"{FOLDER}/files/{file.sha256}"
     assert file.local is not None
-    adb.push(file.local, f"{there}.partial")
+    try:
+        adb.push(file.local, f"{there}.partial")
+    except (DependencyError, InputError):  # a full disk above all: what cannot become whole is in the way
+        adb.shell(f"rm -f {there}.partial")
+        raise
     sha256 = adb.shell(f"sha256sum {there}.partial", timeout_s=None).split()[0]
     if sha256 != file.sha256:
         adb.shell(f"rm {there}.partial")

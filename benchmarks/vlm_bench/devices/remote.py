@@ -104,14 +104,14 @@ def _probe(ssh: Ssh) -> Mapping[str, Any]:
 
 def _follow(ssh: Ssh, run: str, say: Say, bring: Keep) -> tuple[Results | None, int | None, str]:
     """Until the run has ended: its results, exit code (None: it was killed there) and log."""
-    results, end = None, math.inf
+    results, end, told = None, math.inf, ""
     with TemporaryDirectory(prefix="vlm-") as folder:
         file = Path(folder) / "results.json"
         while True:
             reason, log = "it was closed", ""
             try:
                 for reply in ssh.follow("watch", run=run):
-                    end = math.inf
+                    end, told = math.inf, ""
                     log = (log + reply.get("log", ""))[-_LOG:]
                     if "results" in reply:
                         file.write_text(reply["results"], "utf-8")
@@ -126,7 +126,9 @@ def _follow(ssh: Ssh, run: str, say: Say, bring: Keep) -> tuple[Results | None, 
             end = min(end, time.monotonic() + transfer.PATIENCE_S)
             if time.monotonic() >= end:
                 raise given_up(ssh.address, reason)
-            say(f"lost the link to {ssh.address} ({reason}): the run goes on there, trying again")
+            if told != reason:
+                say(f"lost the link to {ssh.address} ({reason}): the run goes on there, trying again")
+                told = reason
             ssh.hang_up()
             time.sleep(transfer.RETRY_S)
 
@@ -138,7 +140,7 @@ def _ended(results: Results | None, code: int | None, log: str, address: Address
         raise {1: CheckError, 2: BundleError, 3: DependencyError}[code](f"on {address}: {said}")
     if code is None:
         raise CheckError(f"the run on {address} was killed there (restarted, or out of memory?): run it again")
-    if results is None or code not in (0, 1):
+    if results is None or code:
         last = lines[-1] if lines else "nothing was said"
         raise CheckError(f"vlm-bench on {address} ended with exit code {code} ({last[:300]})")
     return results
@@ -149,7 +151,7 @@ def _stamped(results: Results, address: Address, paths: Mapping[str, Path], job:
     here = {readable(name): readable(path) for name, path in (*paths.items(), *job.images_there().items())}
 
     def at_home(image: str | None) -> str | None:
-        return here.get(image or "", image)
+        return image if image is None or image.startswith("data:") else here.get(image)
 
     accuracy = tuple(
         replace(one, per_question=tuple(replace(q, image=at_home(q.image)) for q in one.per_question))

@@ -144,7 +144,7 @@ class Ssh:
             "ServerAliveCountMax": 3,
             "ControlMaster": "auto",
             "ControlPersist": 60,
-            "ControlPath": f"{self._folder.name}/%C",
+            "ControlPath": f"{self._folder.name}/s",
             "ClearAllForwardings": "yes",
             "RemoteCommand": "none",
             "RequestTTY": "no",

@@ -112,14 +112,16 @@ def _content(todo: list[tuple[File, int]], need: int, say: Say) -> Iterator[byte
 
 def insist(ask: Callable[[], T], ssh: Ssh, say: Say) -> T:
     """What `ask` returns, tried again for PATIENCE_S where the link is lost."""
-    end = time.monotonic() + PATIENCE_S
+    end, told = time.monotonic() + PATIENCE_S, ""
     while True:
         try:
             return ask()
         except (LinkError, IndexError) as error:  # IndexError: the link broke before the reply
             if time.monotonic() > end:
                 raise given_up(ssh.address, str(error)) from None
-            say(f"lost the link to {ssh.address} ({error}): trying again")
+            if told != str(error):
+                say(f"lost the link to {ssh.address} ({error}): trying again")
+                told = str(error)
             ssh.hang_up()
             time.sleep(RETRY_S)
 
