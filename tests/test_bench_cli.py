@@ -18,7 +18,7 @@ import pytest
 
 from running import running_bundle, running_spec
 from vlm_bench import cli, measure, stages
-from vlm_bench.entries import choose_bundles, peer_contestants
+from vlm_bench.entries import choose_bundles
 from vlm_bench.results import SCHEMA, STAGES, Settings
 from vlm_bench.results_file import read_results
 from vlm_models.errors import BundleError, DependencyError, InputError
@@ -234,22 +234,6 @@ def test_engines_are_measured_where_a_bundle_holds_them(bundle: Path, monkeypatc
     monkeypatch.setattr("vlm_bench.entries.choose_engines", missing)
     chosen, (skip,) = choose_bundles([bundle], [], 1)
     assert (chosen, skip.name, skip.reason) == ([], "bundle", "engine 'onnx' needs onnxruntime: install it")
-
-
-def test_a_peer_that_is_not_installed_has_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "some_peer"
-    package.mkdir()
-    package.joinpath("__init__.py").write_text(
-        "from vlm_models.errors import DependencyError\n"
-        "def contestant(checkpoint, threads):\n    raise DependencyError('some-peer is missing: pip install it')\n"
-    )
-    monkeypatch.setattr("vlm_bench.peers.__path__", [str(tmp_path)])
-    assert peer_contestants(["some-peer"], tmp_path, 1)[1][0].reason == "some-peer is missing: pip install it"
-    monkeypatch.delitem(sys.modules, "vlm_bench.peers.some_peer")
-    with pytest.raises(InputError, match="unknown peer 'other': choose one of some-peer"):
-        peer_contestants(["other"], tmp_path, 1)
-    with pytest.raises(InputError, match="--checkpoint FOLDER"):
-        peer_contestants(["some-peer"], None, 1)
 
 
 def test_the_command_needs_no_framework_and_no_charts_to_start() -> None:

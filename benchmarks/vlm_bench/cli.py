@@ -82,8 +82,14 @@ def command(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Another toolkit on the weights of --checkpoint; repeats.", rich_help_panel=_WHERE
+            metavar="NAME[:PRECISION][=PYTHON]",
+            help="Another toolkit on the weights of --checkpoint, here or in PYTHON's environment; repeats.",
+            rich_help_panel=_WHERE,
         ),
+    ] = None,
+    peer_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where peers' conversions are kept.", rich_help_panel=_WHERE),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -148,6 +154,7 @@ def command(
         max_new_tokens=max_new_tokens,
         idle_s=idle,
         peers=tuple(peer or ()),
+        peer_cache=peer_cache,
         checkpoint=checkpoint,
         questions=questions,
         drift=drift,

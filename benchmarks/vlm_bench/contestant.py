@@ -12,8 +12,8 @@ measured then. An answer has exactly `max_new_tokens` tokens, end tokens being p
 `ttft_ms` is from the call to the first token, `token_ms` from each token to the next (one fewer than tokens).
 `stages_ms` has keys of `results.STAGES` but "other", which is the rest of the wall time. A text may end in half a
 character. A picture is opened anew for each answer, and no contestant may keep what it computed for one. Facts:
-engines, precision, bytes_on_disk, packages (name → version), max_context. Lines on stdout that are no JSON object are
-passed over. At the end of stdin the process ends. `serving` speaks all this for a Python function.
+engines, precision, bytes_on_disk, packages (name → version), max_context, notes (sentences). Lines on stdout that are
+no JSON object are passed over. At the end of stdin the process ends. `serving` speaks all this for a Python function.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from vlm_runtime.engine import physical_cpus
 class Contestant:
     """How to start one: `argv` speaks the protocol above; `env` is added to the environment.
 
-    `files` are dropped from the page cache before the cold load; without any there is no cold load.
+    `files` are dropped from the page cache before the cold load; without any there is no cold load. `notes` are
+    sentences for people on what is not the same as with the others.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Contestant:
     files: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     bytes_on_disk: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def python_argv(maker: str, arguments: Mapping[str, Any], python: str | None = None) -> tuple[str, ...]:

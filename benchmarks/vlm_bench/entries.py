@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from vlm_bench import peers
 from vlm_bench.contestant import Contestant, python_argv
 from vlm_bench.results import Skipped, readable
 from vlm_models.errors import DependencyError, InputError
@@ -62,37 +58,6 @@ def choose_bundles(bundles: Sequence[Path], engines: Sequence[str], threads: int
         if not usable:
             raise InputError(readable(f"{path}: {refused[0]}"))
     return found, skipped
-
-
-def peer_contestants(
-    names: Sequence[str], checkpoint: Path | None, threads: int
-) -> tuple[list[Contestant], list[Skipped]]:
-    """The peers of these names on the checkpoint; those that are not installed are skipped with the reason.
-
-    A peer is a package `peers/<name>/` (with _ for -) whose `contestant(checkpoint, threads)` gives a Contestant, or
-    raises DependencyError saying what to install; what runs in the peer's own environment is a file beside it.
-    """
-    known = peer_names()
-    if len(set(names)) < len(names):
-        raise InputError("a peer is given twice: give each once")
-    found: list[Contestant] = []
-    skipped: list[Skipped] = []
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown peer {name!r}: choose one of {', '.join(known) or 'none yet'}")
-        if checkpoint is None:
-            raise InputError(f"peer {name!r} runs the checkpoint itself: give it with --checkpoint FOLDER")
-        module = importlib.import_module(f"{peers.__name__}.{name.replace('-', '_')}")
-        try:
-            found.append(cast(Contestant, module.contestant(checkpoint, threads)))
-        except DependencyError as error:
-            skipped.append(Skipped(name, readable(str(error))))
-    return found, skipped
-
-
-def peer_names() -> list[str]:
-    """All peers there are, installed or not: the packages in `peers`."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(peers.__path__) if module.ispkg)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from vlm_bench import tables
 from vlm_bench.csv_file import write_csv
-from vlm_bench.entries import Chosen, choose_bundles, peer_contestants
+from vlm_bench.entries import Chosen, choose_bundles
+from vlm_bench.peer import peer_contestants
 from vlm_bench.pictures import find_pictures
 from vlm_bench.quality import with_accuracy, with_drift
 from vlm_bench.report import RESULTS
@@ -42,6 +43,7 @@ class Plan:
     max_new_tokens: int = 64
     idle_s: float = 8.0
     peers: tuple[str, ...] = ()
+    peer_cache: Path | None = None
     checkpoint: Path | None = None
     questions: str | None = None
     drift: bool | None = None
@@ -127,7 +129,7 @@ def _here(plan: Plan, console: Console, keep: Callable[[Results], None]) -> Resu
     prompts, images = read_prompts(plan.prompts), find_pictures(plan.images)
     questions = read_questions(plan.questions) if plan.questions is not None else None
     chosen, skipped = choose_bundles(plan.bundles, plan.engines, threads)
-    peers, absent = peer_contestants(plan.peers, plan.checkpoint, threads)
+    peers, absent = peer_contestants(plan.peers, plan.checkpoint, threads, plan.peer_cache, _say(console))
     settings = Settings(
         threads=threads,
         runs=plan.runs,

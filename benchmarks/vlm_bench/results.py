@@ -106,6 +106,7 @@ class Row:
     `wall_ms`, that of all but decode and other is about `ttft_ms`. `bytes_read` is from storage until the first answer
     after a cold start. `noisy`: fewer than three (or all, of fewer) repetitions were quiet; `quiet` says how many of
     `of`. Token counts are means over the cases, `image_tokens` part of `prompt_tokens`; `tiles` per picture.
+    `notes` are for people: what is not as with the others.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Row:
     prompt_tokens: float | None
     new_tokens: float
     tiles: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

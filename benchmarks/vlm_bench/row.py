@@ -35,6 +35,7 @@ class Facts:
     peak_rss_mb: float | None = None
     gpu_mb: float | None = None
     bytes_read: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def means(replies: Sequence[Mapping[str, Any]], joules: Sequence[float | None]) -> dict[str, float]:
@@ -88,6 +89,7 @@ def make_row(contestant: Contestant, facts: Facts, repetitions: Sequence[Repetit
         prompt_tokens=counts["prompt_tokens"],
         new_tokens=new_tokens,
         tiles=counts["tiles"],
+        notes=(*contestant.notes, *facts.notes),
     )
 
 

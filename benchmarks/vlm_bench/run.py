@@ -178,6 +178,7 @@ def _open_warm(entry: _Entry, hall: _Hall, stack: ExitStack) -> None:
         precision=facts.get("precision"),
         bytes_on_disk=known if known is not None else facts.get("bytes_on_disk"),
         load_ms=replace(entry.facts.load_ms, warm=reply["load_ms"]),
+        notes=tuple(facts.get("notes") or ()),
     )
     entry.packages = facts.get("packages") or {}
     entry.running = running

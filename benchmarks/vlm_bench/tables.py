@@ -111,6 +111,7 @@ def _drift(drift: Sequence[Drift]) -> Table:
 def _lines(results: Results) -> Iterator[tuple[str, str]]:
     for one in results.skipped:
         yield f"{one.name}: not measured: {one.reason}", "yellow"
+    yield from ((f"{row.name}: {note}", "dim") for row in results.rows for note in row.notes)
     if loud := [row.name for row in results.rows if row.noisy]:
         names = ", ".join(loud)
         yield f"other processes were busy during most repetitions of {names}: do not trust these times", "yellow"
