@@ -241,7 +241,7 @@ def test_a_copy_that_broke_off_goes_on_where_it_was_unless_that_is_damaged(
     assert sent < 1_000_000 if start == "right" else sent > 4_000_000
 
 
-@pytest.mark.parametrize("how", ["cut", "freeze"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("freeze", marks=pytest.mark.slow)])
 def test_a_lost_link_does_not_end_the_run(device: Server, bundle: Path, gate: Path, how: str) -> None:
     run = Run(device, Job((bundle,)), gate)
     until(lambda: run.kept, "partial results are here")
