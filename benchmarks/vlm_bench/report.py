@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,41 +12,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vlm_bench import environment
 from vlm_bench.measure import Stat, Watch
 
 RESULTS = Path("benchmarks/results")
-_PACKAGES = (
-    "vlm-export",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-genai",
-    "llama-cpp-python",
-    "gguf",
-    "tensorrt-rtx",
-    "torch",
-    "transformers",
-)
 Results = Mapping[str, Mapping[str, Stat]]
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, versions."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": _proc("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(int(_proc("/proc/meminfo", r"MemTotal:\s*(\d+)") or 0) / 1024**2, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    """Processor, cores, memory, system, versions, and the time."""
+    place = environment.describe()
+    names = ("processor", "cores", "memory_gb", "system", "python", "packages")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**{name: getattr(place, name) for name in names}, "date": now}
 
 
 def record(name: str, results: Results | None = None, **rest: Any) -> dict[str, Any]:
@@ -102,11 +76,3 @@ def status(console: Console) -> Watch:
 
 def _cell(stat: Stat) -> str:
     return f"{stat.median:.{0 if stat.median >= 100 else 1 if stat.median >= 10 else 2}f}"
-
-
-def _proc(path: str, pattern: str) -> str:
-    try:
-        found = re.search(pattern, Path(path).read_text("utf-8"))
-    except OSError:
-        return ""
-    return found[1] if found else ""

@@ -137,9 +137,9 @@ class VLM:
         """A conversation of several turns that keeps its KV cache from turn to turn."""
         return Chat(self, system)
 
-    def encode_image(self, image: Source) -> Floats:
-        """The projected rows (T, H) of one picture; those of the last few pictures are kept."""
-        return self._picture_rows(self.picture(image), {"vision": 0.0, "projector": 0.0})
+    def encode_image(self, image: Source, pictures: int = 1) -> Floats:
+        """The rows (R, H) of one of the `pictures` pictures of a prompt; those of the last few are kept."""
+        return self._picture_rows(self.picture(image, pictures), {"vision": 0.0, "projector": 0.0})
 
     def picture(self, image: Source, pictures: int = 1) -> Picture:
         """One of the `pictures` pictures of a prompt, opened and preprocessed. Raises ImageError."""
