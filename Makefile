@@ -21,7 +21,7 @@ PIP_LMMS := .venv/lmms/bin/python -m pip install --quiet --disable-pip-version-c
 # llama.cpp is compiled while torch is downloaded.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean programs
 
 demo: .venv/demo-installed
 	test -f demo/config.json || $(BIN)/vlm-demo demo
@@ -30,13 +30,17 @@ demo: .venv/demo-installed
 	$(BIN)/vlm-run bundle --image demo/sample.png "$(QUESTION)"
 
 # Two processes, a file to each at a time; threads that wait must not spin, or they starve one another.
-test: .venv/test-installed .venv/lmms-installed lint
+test: programs .venv/test-installed .venv/lmms-installed lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# An ssh server, adb's client and a browser, from Debian's packages where they are missing.
+programs:
+	@sh tests/programs.sh
 
 clean:
 	rm -rf .venv demo bundle
