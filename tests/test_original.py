@@ -29,6 +29,7 @@ from vlm_models.checkpoint import Sources
 from vlm_models.errors import CheckError, CheckpointError
 from vlm_models.layouts import original
 from vlm_models.model import Model, load_model
+from vlm_models.original import config as translated
 from vlm_runtime.image import preprocess
 from vlm_runtime.manifest import read_manifest
 from vlm_runtime.tiling import layout_of
@@ -446,3 +447,23 @@ def test_the_specs_of_both_layouts_are_one_but_for_names(make: Make) -> None:
     assert ours.vision == theirs.vision
     assert ours.language == theirs.language
     assert ours.preprocess == dataclasses.replace(theirs.preprocess, pad="square", pad_color=(122, 116, 104))
+
+
+MISTAKES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "no padding": ("aspect", lambda right: lambda *given: "square", "pixel_values"),
+    "another layer": (
+        "vision_part",
+        lambda right: lambda *given: {**right(*given), "vision_feature_layer": -1},
+        "image_features",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_config_translated_wrongly_fails_parity(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    name, wrong, stage = MISTAKES[mistake]
+    monkeypatch.setattr(translated, name, wrong(getattr(translated, name)))
+    with pytest.raises(CheckError, match=f"parity failed: {stage} "):
+        export(make("llama, own tower").folder, "onnx", tmp_path / "bundle", precision="fp32")

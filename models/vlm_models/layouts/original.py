@@ -85,6 +85,7 @@ def build(
     own = folder if tokenizer is None or _has_tokenizer(folder) else tokenizer
     tokens = files.write_tokenizer(own, path, (files.START, files.END) if wrapped else (), rows)
     picture = f"{files.START}{files.IMAGE}{files.END}" if wrapped else files.IMAGE
+    (path / files.SOURCE / files.CONFIG).write_text(json.dumps(dict(config)), "utf-8")
     name, why = _conversation(folder, config, text, kind, tokens, sources)
     conversation = conversations.named(name)
     template = tokens.template if conversation is None else chat_template(conversation, picture)
