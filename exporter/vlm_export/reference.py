@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_export.greedy import Blocks, Draft, decode, decode_drafts
+from vlm_export.reference_original import original_features, original_pixels
 from vlm_export.reference_prompt import original_ids
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
@@ -75,7 +76,7 @@ def compute_reference(
     ids, pixels = prompt_ids(model, prompt, [image]), pixel_values(model, image)
     progress("reference", 1, steps)
     with torch.inference_mode():
-        features = model.vision_encoder()(torch.from_numpy(pixels))
+        features = image_features(model, torch.from_numpy(pixels))
         progress("reference", 2, steps)
         rows = projected(model, features)
         embeds = spliced(model, ids, packed(model, rows, (image.height, image.width)))
@@ -114,10 +115,20 @@ def pixel_values(model: Model, picture: Image.Image, pictures: int = 1) -> Float
     from vlm_models.processor import image_processor
 
     own = getattr(family_of(model.checkpoint), "pixel_values", None)
+    if model.checkpoint.conversation is not None:
+        return np.ascontiguousarray(original_pixels(model, picture, pictures), np.float32)
     if own is not None:
         return np.ascontiguousarray(own(model.checkpoint, model.spec, picture, pictures), np.float32)
     pixels = image_processor(model.checkpoint)(images=picture, return_tensors="np")["pixel_values"]
     return np.ascontiguousarray(np.asarray(pixels, np.float32))
+
+
+def image_features(model: Model, pixels: Tensor) -> Tensor:
+    """(N, T, F): rows of the tower, as the family or LLaVA's original code selects them."""
+    if model.checkpoint.conversation is not None:
+        return original_features(model, pixels)
+    rows: Tensor = model.vision_encoder()(pixels)
+    return rows
 
 
 def packed(model: Model, rows: Tensor, size: tuple[int, int], pictures: int = 1) -> Tensor:
