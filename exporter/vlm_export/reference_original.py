@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from vlm_models.model import Model
 
 
+def is_original(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint, or the base of its adapter, is of LLaVA's original layout."""
+    return (checkpoint.files / SOURCE / CONFIG).is_file()
+
+
 def original_pixels(model: Model, picture: Image.Image, pictures: int) -> Any:
     """(N, 3, s, s) of one of `pictures` pictures. LLaVA-OneVision cuts only a picture that is alone in its prompt."""
     checkpoint, edge = model.checkpoint, model.spec.vision.image_size
