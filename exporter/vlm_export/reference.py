@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_export.greedy import Blocks, Draft, decode, decode_drafts
-from vlm_export.reference_original import original_features, original_pixels
+from vlm_export.reference_original import is_original, original_features, original_pixels
 from vlm_export.reference_prompt import original_ids
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
@@ -115,7 +115,7 @@ def pixel_values(model: Model, picture: Image.Image, pictures: int = 1) -> Float
     from vlm_models.processor import image_processor
 
     own = getattr(family_of(model.checkpoint), "pixel_values", None)
-    if model.checkpoint.conversation is not None:
+    if is_original(model.checkpoint):
         return np.ascontiguousarray(original_pixels(model, picture, pictures), np.float32)
     if own is not None:
         return np.ascontiguousarray(own(model.checkpoint, model.spec, picture, pictures), np.float32)
@@ -125,7 +125,7 @@ def pixel_values(model: Model, picture: Image.Image, pictures: int = 1) -> Float
 
 def image_features(model: Model, pixels: Tensor) -> Tensor:
     """(N, T, F): rows of the tower, as the family or LLaVA's original code selects them."""
-    if model.checkpoint.conversation is not None:
+    if is_original(model.checkpoint):
         return original_features(model, pixels)
     rows: Tensor = model.vision_encoder()(pixels)
     return rows
