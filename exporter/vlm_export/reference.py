@@ -155,7 +155,7 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     from transformers import AutoTokenizer
 
     own = getattr(family_of(model.checkpoint), "prompt_ids", None)
-    if model.checkpoint.conversation is not None:
+    if (written := model.checkpoint.conversation) is not None and not written.whole:
         return original_ids(model.checkpoint, prompt, pictures, _rows_of(model, own), model.spec.prompt.image_token_id)
     if own is not None:
         return list(own(model.checkpoint, model.spec, prompt, pictures))
@@ -165,8 +165,8 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from error
-    written = spec.bos_token is not None and prompt.startswith(spec.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not written)["input_ids"]
+    begun = spec.bos_token is not None and prompt.startswith(spec.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
     return [i for t in ids for i in ([t] * spec.image_tokens if t == spec.image_token_id else [t])]
 
 

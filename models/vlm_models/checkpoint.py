@@ -50,7 +50,7 @@ class Stored:
     """One tensor on disk: `array` is a view of the mapped file; `span` its bytes there, for dropping pages.
 
     `grid` says on which values a quantizer has put it, so that packing finds the same integers again. With `low_rank`
-    the tensor is more than `array`, and its dtype F32.
+    the tensor is more than `array`, and its dtype F32. `order` (n,) are the rows of `array` that it has, where not all.
     """
 
     dtype: str
@@ -59,6 +59,7 @@ class Stored:
     span: tuple[int, int] = (0, 0)
     grid: Grid | None = None
     low_rank: LowRank | None = None
+    order: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored."""
-        return self._get(name).array.shape
+        stored = self._get(name)
+        return stored.array.shape if stored.order is None else (len(stored.order), *stored.array.shape[1:])
 
     def dtype(self, name: str) -> str:
         """One of F32, F16, BF16."""
@@ -130,7 +132,7 @@ class Checkpoint:
         Of a tensor with an adapter a new float32 array, computed on each call.
         """
         stored = self._get(name)
-        rows: Array = stored.array[start:stop]
+        rows: Array = stored.array[start:stop] if stored.order is None else stored.array[stored.order[start:stop]]
         return rows if stored.low_rank is None else stored.low_rank.add(rows, start, stop)
 
     def grid(self, name: str) -> Grid | None:

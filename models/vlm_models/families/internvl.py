@@ -72,9 +72,9 @@ def prompt_ids(checkpoint: Checkpoint, spec: VLMSpec, prompt: str, pictures: Seq
 
     tokenizer, processor = transformers_tokenizer(checkpoint), image_processor(checkpoint)
     stand_in: Any = SimpleNamespace(
-        start_image_token=tokenizer.start_image_token,
-        end_image_token=tokenizer.end_image_token,
-        image_token=tokenizer.context_image_token,
+        start_image_token=getattr(tokenizer, "start_image_token", None) or "<img>",
+        end_image_token=getattr(tokenizer, "end_image_token", None) or "</img>",
+        image_token=getattr(tokenizer, "context_image_token", None) or "<IMG_CONTEXT>",
         image_seq_length=spec.tile_tokens,
     )
     text, *rest = prompt.split(stand_in.image_token)
