@@ -306,6 +306,10 @@ def test_start_and_end_stand_around_the_picture(make: Make, picture_file: Path, 
     assert ids[first - 1] == 400
     assert ids[first + 16] == 401
     assert model.spec.prompt.image_token_id == 402
+    third = changed(make("square"), tmp_path / "v0", mm_use_im_start_end=True, mm_use_im_patch_token=None)
+    ids = list(asked(third, picture_file)[1].prompt_ids)
+    first = ids.index(403)
+    assert (ids[first - 1], ids[first + 16]) == (401, 402)
     short = changed(make("llama, own tower"), tmp_path / "short", mm_use_im_start_end=True)
     with pytest.raises(CheckpointError, match=r"asks for '<im_start>' .* id 400, outside the embedding table of 400"):
         load_model(short)
@@ -326,6 +330,8 @@ def test_a_projector_alone_goes_onto_its_base(make: Make, picture_file: Path, tm
     assert model.checkpoint.notes[0].startswith("projector of llava-v1.5-pretrain, everything else of the base model")
     with pytest.raises(CheckpointError, match=r"holds a projector alone, and its base model 'None' .* --base"):
         load_model(stage)
+    with pytest.raises(CheckpointError, match=r"holds a whole model: --base is for adapters"):
+        load_model(whole.folder, sources)
     torch.save({**projector, "model.embed_tokens.weight": torch.ones(2, 64)}, stage / "mm_projector.bin")
     with pytest.raises(CheckpointError, match=r"holds 'language_model.embed_tokens.weight' beside the projector"):
         load_model(stage, sources)
