@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -362,6 +363,54 @@ def test_what_cannot_be_read_is_refused_in_one_line(make: Make, tmp_path: Path, 
     folder = changed(make("llama, own tower"), tmp_path / "llava-v1", **changes)
     with pytest.raises(CheckpointError, match=words) as error:
         load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "layer": {"mm_vision_select_layer": "last"},
+    "layers": {"mm_vision_select_layer": [-2]},
+    "tower": {"mm_vision_tower": [1, 2]},
+    "architectures": {"architectures": 7},
+    "ends": {"eos_token_id": "</s>"},
+    "rope": {"rope_scaling": [1]},
+    "hidden": {"hidden_size": "wide"},
+    "pinpoints": {
+        "image_grid_pinpoints": [["a", "b"]],
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+    },
+    "merge": {"image_aspect_ratio": ["anyres"], "mm_patch_merge_type": {}},
+    "start": {"mm_use_im_start_end": [], "mm_projector_type": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_values_of_other_kinds_are_one_line(make: Make, tmp_path: Path, case: str) -> None:
+    folder = changed(make("llama, own tower"), tmp_path / "llava-v1", **DAMAGED[case])
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+BROKEN = {
+    "added_tokens.json": '{"<im_end>": "x"}',
+    "tokenizer_config.json": "[]",
+    "tokenizer.model": "nothing",
+    "tokenizer.json": "{}",
+    "preprocessor_config.json": '{"image_mean": 3, "image_std": "x", "resample": "cubic"}',
+    "generation_config.json": '{"eos_token_id": {}}',
+    "config.json": '{"mm_vision_tower": null, "mm_projector_type": null}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_damaged_files_are_one_line(make: Make, tmp_path: Path, name: str) -> None:
+    folder = changed(make("llama, own tower"), tmp_path / "llava-v1")
+    tower = Path(shutil.copytree(make("llama, own tower").tower, tmp_path / "tower"))
+    (tower / "preprocessor_config.json").unlink()
+    (folder / name).write_text(BROKEN[name])
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder, Sources(vision_tower=tower))
     assert "\n" not in str(error.value)
 
 

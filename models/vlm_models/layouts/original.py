@@ -74,6 +74,21 @@ def build(
 
     `tokenizer` is the folder of the tokenizer where it is not `folder`. Raises CheckpointError for what cannot be read.
     """
+    try:
+        return _built(folder, config, tensors, sources, tokenizer, notes)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # values of other kinds
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: config.json or a file beside it is damaged: {reason}") from error
+
+
+def _built(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    sources: Sources,
+    tokenizer: Path | None,
+    notes: Sequence[str],
+) -> Checkpoint:
     if _TABLE not in tensors:
         raise CheckpointError(f"{folder}: tensor {_TABLE!r} is missing; the checkpoint is incomplete")
     kind = str(config.get("mm_projector_type") or "linear")

@@ -23,6 +23,7 @@ _TOKENIZER = (
 )
 _MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
 _BICUBIC = 3
 BLANK = "▁"  # U+2581, SentencePiece's space
 
@@ -161,11 +162,12 @@ def write_processor(
     raw = read_json(found, "") if found is not None else {}
     (made / SOURCE / PROCESSOR).write_text(json.dumps(raw), "utf-8")
     clip, edge = vision["model_type"] == "clip_vision_model", int(vision.get("image_size", 224))
+    mean, deviation = (_CLIP_MEAN, _CLIP_STD) if clip else (_HALF, _HALF)
     out: dict[str, Any] = {
-        "resample": raw.get("resample", _BICUBIC),
-        "image_mean": raw.get("image_mean") or (_CLIP_MEAN if clip else (0.5, 0.5, 0.5)),
-        "image_std": raw.get("image_std") or (_CLIP_STD if clip else (0.5, 0.5, 0.5)),
-        "rescale_factor": raw.get("rescale_factor") or 1 / 255,
+        "resample": int(raw.get("resample", _BICUBIC)),
+        "image_mean": [float(value) for value in raw.get("image_mean") or mean],
+        "image_std": [float(value) for value in raw.get("image_std") or deviation],
+        "rescale_factor": float(raw.get("rescale_factor") or 1 / 255),
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
