@@ -7,12 +7,14 @@ taken apart after it is computed, as the original does.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 import transformers
 from PIL import Image
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from checkpoints import TEXT as TALK
 from shuffled import CONTEXT, text_config, tokenizer_with
 
 WIDTH, DEEP, HEADS, EDGE, PATCH, TEXT = 48, 3, 4, 28, 7, 64
@@ -88,6 +91,42 @@ def tiny_chat(
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def internlm2_tokenizer(folder: Path, blank: bool) -> sentencepiece.SentencePieceProcessor:
+    """Give the folder a tokenizer as InternLM2's files are: SentencePiece, with code of its own that is not run."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TALK.splitlines()),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        add_dummy_prefix=blank,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    added = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", CONTEXT]
+    numbered = [(0, "<unk>"), (1, "<s>"), (2, "</s>"), *enumerate(added, pieces.get_piece_size())]
+    kind = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "tokenizer_class": "InternLM2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "added_tokens_decoder": {str(i): {"content": token, **kind} for i, token in numbered},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return pieces
 
 
 def _tower(config: Mapping[str, Any]) -> dict[str, Tensor]:

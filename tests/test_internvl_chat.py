@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import vlm_runtime
 from checkpoints import copy
 from exporting import Command, command, copy_parts, exported, rewrite
-from internvl_chats import Original, tiny_chat
+from internvl_chats import Original, internlm2_tokenizer, tiny_chat
 from shuffled import noise
 from vlm_export.reference import picture_rows, pixel_values, prompt_ids, spliced
 from vlm_models import layout
@@ -23,6 +24,7 @@ from vlm_models.checkpoint import Sources, open_checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.layouts import internvl_chat
 from vlm_models.model import load_model
+from vlm_models.processor import transformers_tokenizer
 from vlm_runtime.manifest import read_manifest
 from vlm_runtime.prompt import render, user_message
 
@@ -101,6 +103,24 @@ def test_heads_of_the_fused_projection_are_taken_apart_without_a_copy_in_memory(
         np.testing.assert_array_equal(checkpoint.rows(name), rows)
         np.testing.assert_array_equal(checkpoint.rows(name, 5, 21), rows[5:21])
         assert checkpoint.tensors[name].map is not None
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_internlm2s_tokenizer_is_sentencepiece_between_special_tokens(make: Make, tmp_path: Path, blank: bool) -> None:
+    folder = copy(make("internlm2"), tmp_path / "copy")
+    (folder / "tokenizer.json").unlink()
+    pieces = internlm2_tokenizer(folder, blank)
+    tokenizer = transformers_tokenizer(open_checkpoint(folder))
+    special = [t for t in tokenizer.get_added_vocab() if t not in ("<unk>", "<s>", "</s>")]
+    assert "<IMG_CONTEXT>" in special
+    for text in ("What colour?", " two  blanks ", "<|im_start|>user\n<IMG_CONTEXT>\n Größe<|im_end|>", "</img> <img>"):
+        want = [1]
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if piece in special:
+                want.append(tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                want += pieces.encode(piece)
+        assert tokenizer(text)["input_ids"] == want
 
 
 MISTAKES: dict[str, tuple[str, Any]] = {

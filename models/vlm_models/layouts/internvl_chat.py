@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlm_models import conversations
-from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint, read_json
+from vlm_models.checkpoint import Checkpoint, Sources, fingerprint, read_json
 from vlm_models.conversation import Conversation, Written, chat_template
 from vlm_models.errors import CheckpointError
-from vlm_models.layouts.huggingface import canonical
+from vlm_models.internvl_names import canonical_tensors
 from vlm_models.made import MadeFolder
 from vlm_models.original.files import load_tokenizer
 from vlm_models.weights import read_weights
@@ -57,39 +54,6 @@ _KNOWN = (
 )
 CONVERSATIONS: Mapping[str, Conversation] = {c.name: c for c in _KNOWN}
 
-_TOWER = (
-    (r"^vision_model\.embeddings\.class_embedding$", "vision_tower.embeddings.cls_token"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "vision_tower.embeddings.patch_embeddings.projection."),
-    (r"^vision_model\.embeddings\.position_embedding$", "vision_tower.embeddings.position_embeddings"),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.",
-        r"vision_tower.encoder.layer.\1.attention.projection_layer.",
-    ),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.attn\.([qk])_norm\.",
-        r"vision_tower.encoder.layer.\1.attention.\2_norm.",
-    ),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.", r"vision_tower.encoder.layer.\1.attention.qkv."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.norm1\.", r"vision_tower.encoder.layer.\1.layernorm_before."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.norm2\.", r"vision_tower.encoder.layer.\1.layernorm_after."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.ls([12])$", r"vision_tower.encoder.layer.\1.lambda_\2"),
-    (r"^vision_model\.encoder\.layers\.", "vision_tower.encoder.layer."),
-    (r"^mlp1\.0\.", "multi_modal_projector.layer_norm."),
-    (r"^mlp1\.1\.", "multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "multi_modal_projector.linear_2."),
-)
-_INTERNLM2 = (
-    (r"^language_model\.model\.tok_embeddings\.", "language_model.embed_tokens."),
-    (r"^language_model\.output\.", "lm_head."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)attention\.wo\.", r"\1\2self_attn.o_proj."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)attention\.wqkv\.", r"\1\2self_attn.wqkv."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)feed_forward\.w1\.", r"\1\2mlp.gate_proj."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)feed_forward\.w2\.", r"\1\2mlp.down_proj."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)feed_forward\.w3\.", r"\1\2mlp.up_proj."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)attention_norm\.", r"\1\2input_layernorm."),
-    (r"^(language_model)\.model(\.layers\.\d+\.)ffn_norm\.", r"\1\2post_attention_layernorm."),
-)
-
 
 def matches(folder: Path, config: Mapping[str, Any]) -> bool:
     """A language model's config called llm_config beside vision_config."""
@@ -115,7 +79,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Ch
     out = {
         "model_type": "internvl",
         "text_config": text,
-        "vision_config": _vision(folder, config),
+        "vision_config": _vision(config),
         "image_token_id": image,
         "downsample_ratio": config.get("downsample_ratio", 0.5),
         "projector_hidden_act": "gelu",
@@ -123,7 +87,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Ch
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
     }
-    tensors = dict(_tensors(folder, config, read_weights(folder)))
+    tensors = dict(canonical_tensors(folder, config["llm_config"], read_weights(folder)))
     how = "as --conversation says" if sources.conversation else "as config.json says"
     return Checkpoint(
         folder,
@@ -166,7 +130,7 @@ def _conversation(folder: Path, name: object) -> Conversation:
     )
 
 
-def _vision(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
     """vision_config; what a file leaves out is InternViT-6B's."""
     v = config["vision_config"]
     edge, patch = v.get("image_size", 224), v.get("patch_size", 14)
@@ -213,10 +177,17 @@ def _write_tokenizer(folder: Path, made: Path, stop: str) -> tuple[int, list[int
             shutil.copyfile(folder / name, made / name)
     config = read_json(made / "tokenizer_config.json", "") if (made / "tokenizer_config.json").is_file() else {}
     config.pop("auto_map", None)
-    if str(config.get("tokenizer_class", "")).startswith("InternLM2"):
-        config["tokenizer_class"] = "LlamaTokenizer"
+    internlm2 = str(config.get("tokenizer_class", "")).startswith("InternLM2")
+    if internlm2:
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
     (made / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     tokenizer = load_tokenizer(made)
+    if internlm2 and not (made / "tokenizer.json").is_file():
+        (made / "tokenizer.json").write_text(_as_internlm2(tokenizer, made), "utf-8")
+        (made / "tokenizer_config.json").write_text(
+            json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8"
+        )
+        tokenizer = load_tokenizer(made)
     vocabulary = tokenizer.get_vocab()
     if CONTEXT not in vocabulary:
         raise CheckpointError(
@@ -229,6 +200,21 @@ def _write_tokenizer(folder: Path, made: Path, stop: str) -> tuple[int, list[int
     if stop not in vocabulary:
         raise CheckpointError(f"{folder}: the conversation ends answers with {stop!r}, which is no token here")
     return vocabulary[CONTEXT], list(dict.fromkeys([vocabulary[stop], *own, *ids]))
+
+
+def _as_internlm2(tokenizer: Any, made: Path) -> str:
+    """tokenizer.json of tokenizer.model: a blank before each text where the model asks for one, and no Llama rules."""
+    from tokenizers import Tokenizer, normalizers
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    protobuf: Any = import_protobuf
+    model = protobuf().ModelProto()
+    model.ParseFromString((made / "tokenizer.model").read_bytes())
+    fast: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    blank = [normalizers.Prepend("▁")] if model.normalizer_spec.add_dummy_prefix else []
+    fast.normalizer = normalizers.Sequence([*blank, normalizers.Replace(" ", "▁")])
+    fast.pre_tokenizer = None
+    return str(fast.to_str())
 
 
 def _write_processor(config: Mapping[str, Any], made: Path) -> None:
@@ -248,50 +234,3 @@ def _write_processor(config: Mapping[str, Any], made: Path) -> None:
         "max_patches": int(config.get("max_dynamic_patch", 6)) if dynamic else 1,
     }
     (made / "preprocessor_config.json").write_text(json.dumps(out), "utf-8")
-
-
-def _tensors(
-    folder: Path, config: Mapping[str, Any], stored: Iterable[tuple[str, Stored]]
-) -> Iterator[tuple[str, Stored]]:
-    """Tensors by their canonical names, fused queries, keys and values apart."""
-    internlm2 = next(iter(config["llm_config"].get("architectures") or ()), None) == "InternLM2ForCausalLM"
-    patterns = [(re.compile(p), to) for p, to in (*_TOWER, *(_INTERNLM2 if internlm2 else ()))]
-    renamed = []
-    for name, tensor in stored:
-        if "lora_" in name:
-            raise CheckpointError(f"{folder}: tensor {name!r} is of a LoRA that has not been merged; merge it first")
-        found = next(((p, to) for p, to in patterns if p.match(name)), None)
-        renamed.append((name if found is None else found[0].sub(found[1], name), tensor))
-    for name, tensor in canonical(folder, renamed).items():
-        before, _, kind = name.rpartition(".")
-        if before.endswith(".attention.qkv"):
-            rows = len(tensor.array) // 3
-            for i, part in enumerate("qkv"):
-                yield f"{before.removesuffix('qkv')}{part}_proj.{kind}", _rows(tensor, i * rows, (i + 1) * rows)
-        elif before.endswith(".self_attn.wqkv"):
-            for part, order in _groups(folder, config["llm_config"], len(tensor.array)).items():
-                name = f"{before.removesuffix('wqkv')}{part}_proj.{kind}"
-                yield name, dataclasses.replace(tensor, order=order)
-        else:
-            yield name, tensor
-
-
-def _rows(tensor: Stored, start: int, stop: int) -> Stored:
-    """Rows start:stop that follow each other in the file."""
-    part, size = tensor.array[start:stop], tensor.array[:1].nbytes
-    first = tensor.span[0]
-    span = (first + start * size, first + stop * size) if tensor.map is not None else tensor.span
-    return dataclasses.replace(tensor, array=part, span=span)
-
-
-def _groups(folder: Path, llm: Mapping[str, Any], rows: int) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Which rows of InternLM2's wqkv are queries, keys, values: a key head stands after the queries that share it."""
-    heads = int(llm.get("num_attention_heads", 32))
-    groups = int(llm.get("num_key_value_heads") or heads)
-    size = int(llm.get("hidden_size", 4096)) // heads
-    if rows != (heads + 2 * groups) * size:
-        raise CheckpointError(
-            f"{folder}: wqkv has {rows} rows, but config.json asks for {heads} heads and {groups} key heads of {size}"
-        )
-    index = np.arange(rows).reshape(groups, heads // groups + 2, size)
-    return {"q": index[:, :-2].reshape(-1), "k": index[:, -2].reshape(-1), "v": index[:, -1].reshape(-1)}
