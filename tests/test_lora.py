@@ -278,7 +278,8 @@ def as_llava_trains(made: Made, to: Path, *, bare: bool) -> tuple[Path, Tensors,
         (base / "config.json").write_text(json.dumps({**kept, "model_type": "llama"}))
     names = [f"layers.{i}.{part}" for i in (0, 2) for part in ("self_attn.q_proj", "mlp.up_proj")]
     shapes = {f"model.{n}": tuple(tensors[f"model.{n}.weight"].shape) for n in names}
-    low_rank = loras.factors(shapes, lambda module: 4)  # type: ignore[arg-type]
+    tower = "vision_tower.vision_tower.vision_model.encoder.layers.1.mlp.fc2"  # of the tower that lies apart
+    low_rank = loras.factors({**shapes, f"model.{tower}": (48, 96)}, lambda module: 4)
     folder = loras.adapter(to / "llava-v1.5-tiny-lora", base, low_rank)
     shutil.copyfile(made.folder / "config.json", folder / "config.json")
     generator = torch.Generator().manual_seed(9)
@@ -289,7 +290,12 @@ def as_llava_trains(made: Made, to: Path, *, bare: bool) -> tuple[Path, Tensors,
     }
     saved = {f"base_model.model.{name}": tensor for name, tensor in projector.items()}
     torch.save(saved, folder / "non_lora_trainables.bin")
-    twins = {name.replace("model.layers", "model.language_model.layers"): t for name, t in low_rank.items()}
+    twins = {
+        name.replace("model.layers", "model.language_model.layers").replace(
+            "vision_tower.vision_tower.vision_model", "vision_tower"
+        ): factor
+        for name, factor in low_rank.items()
+    }
     return folder, twins, projector
 
 
@@ -314,7 +320,7 @@ def test_llava_s_own_folders(original: Made, picture: Image.Image, tmp_path: Pat
         got = model.language_model().forward(torch.cat([torch.from_numpy(table), ours]), last_row=False).numpy()
     assert relative(got, want) < TOLERANCE
     assert model.checkpoint.name == folder.name
-    assert any("LoRA on 4 matrices, 0 of them of the vision tower" in note for note in model.checkpoint.notes)
+    assert any("LoRA on 5 matrices, 1 of them of the vision tower" in note for note in model.checkpoint.notes)
 
 
 def test_llava_s_own_folder_passes_the_check(original: Made, tmp_path: Path) -> None:
