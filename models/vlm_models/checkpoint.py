@@ -175,6 +175,15 @@ def read_json(path: Path, without: str) -> dict[str, Any]:
     return data
 
 
+def refuse_sources(folder: Path, sources: Sources, layout: str, *names: str) -> None:
+    """Raise CheckpointError for the first of `names` that is given though a folder of `layout` has no use for it."""
+    for name in names:
+        if getattr(sources, name) is not None:
+            raise CheckpointError(
+                f"{folder} {layout}, so that --{name.replace('_', '-')} would change nothing: leave it out"
+            )
+
+
 def local_folder(path_or_hub_id: str | Path) -> Path:
     """The folder itself, or the hub id's download. Raises CheckpointError."""
     path = Path(path_or_hub_id).expanduser()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_models import conversations
-from vlm_models.checkpoint import Checkpoint, Sources, fingerprint, read_json
+from vlm_models.checkpoint import Checkpoint, Sources, fingerprint, read_json, refuse_sources
 from vlm_models.conversation import Conversation, Written, chat_template
 from vlm_models.errors import CheckpointError
 from vlm_models.internvl_names import canonical_tensors
@@ -62,6 +62,7 @@ def matches(folder: Path, config: Mapping[str, Any]) -> bool:
 
 def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Checkpoint:
     """A whole model; the conversation is the one that config.json names, or that of --conversation."""
+    refuse_sources(folder, sources, "holds a whole model", "base", "vision_tower")
     _check(folder, config)
     name = sources.conversation or config.get("template")
     given = config.get("system_message")
