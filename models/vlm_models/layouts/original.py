@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_models import conversations
-from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint, local_folder, refuse_sources
+from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint, local_folder
 from vlm_models.conversation import Written, chat_template
 from vlm_models.errors import CheckpointError
 from vlm_models.made import MadeFolder
@@ -37,7 +37,6 @@ def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Ch
     """A whole model, or a projector (mm_projector.bin) beside the base model of --base or `_name_or_path`."""
     translated.check(folder, config)
     if names.has_weights(folder):
-        refuse_sources(folder, sources, "holds a whole model", "base")
         if sources.base is not None:
             raise CheckpointError(f"{folder} holds a whole model: --base is for adapters and for projectors alone")
         return build(folder, config, names.model_tensors(folder), sources)
