@@ -153,6 +153,21 @@ def test_the_embedding_of_a_tied_model_is_adapted_alone(make_tiny: Any, tmp_path
     assert np.array_equal(model.checkpoint.rows("lm_head.weight"), table)
 
 
+def test_a_convolution_is_adapted_too(tiny: Path, tmp_path: Path) -> None:
+    """PEFT's pair of convolutions: of the patches to r channels, then 1 × 1."""
+    module, generator = "model.vision_tower.embeddings.patch_embedding", torch.Generator().manual_seed(6)
+    down, up = (torch.randn(*shape, generator=generator) * 0.2 for shape in ((4, 3, 8, 8), (48, 4, 1, 1)))
+    lora = loras.adapter(tmp_path / "lora", tiny, {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    with torch.inference_mode():
+        convolution = hf_model(tiny).get_submodule(module)
+        beside = nn.functional.conv2d(nn.functional.conv2d(pixels, down, stride=8), up)
+        want = (convolution(pixels) + 2.5 * beside).numpy()
+        for model in (load_model(lora), as_trained(load_model(lora))):
+            got = model.vision_encoder().tower.get_submodule("embeddings.patch_embedding")(pixels)
+            assert relative(got.numpy(), want) < TOLERANCE
+
+
 def test_layers_that_were_trained_whole_replace_the_base_s(tiny: Path, trained: Tensors, tmp_path: Path) -> None:
     table = torch.randn(open_checkpoint(tiny).shape("lm_head.weight"))
     norm = torch.rand(64) + 0.5
