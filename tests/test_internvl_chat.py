@@ -19,7 +19,7 @@ from exporting import Command, command, copy_parts, exported, rewrite
 from internvl_chats import Original, internlm2_tokenizer, tiny_chat
 from shuffled import noise
 from vlm_export.reference import picture_rows, pixel_values, prompt_ids, spliced
-from vlm_models import layout
+from vlm_models import internvl_names, layout
 from vlm_models.checkpoint import Sources, open_checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.layouts import internvl_chat
@@ -146,6 +146,48 @@ def test_a_wrong_template_fails_the_export(
     ran = run(make("qwen2"), "--target", "onnx", "--precision", "fp32", "--greedy-tokens", "2", "-o", tmp_path / "out")
     assert ran.code == 1
     assert "parity failed: the bundle's prompt has" in ran.err
+
+
+def _swapped(first: str, second: str, names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    other = {first: second, second: first}
+    return tuple((other.get(pattern, pattern), to) for pattern, to in names)
+
+
+_GROUPS, _LAYER = internvl_names._groups, r"^vision_model\.encoder\.layers\.(\d+)\."
+_FORWARD = r"^(language_model)\.model(\.layers\.\d+\.)feed_forward\."
+MIXED: dict[str, tuple[str, str, Any, str]] = {
+    "norms of the tower": (
+        "qwen2",
+        "_TOWER",
+        _swapped(f"{_LAYER}norm1\\.", f"{_LAYER}norm2\\.", internvl_names._TOWER),
+        "image_features",
+    ),
+    "keys for values": (
+        "internlm2",
+        "_groups",
+        lambda *a: {"q": _GROUPS(*a)["q"], "k": _GROUPS(*a)["v"], "v": _GROUPS(*a)["k"]},
+        "logits",
+    ),
+    "gate for up": (
+        "internlm2",
+        "_INTERNLM2",
+        _swapped(f"{_FORWARD}w1\\.", f"{_FORWARD}w3\\.", internvl_names._INTERNLM2),
+        "logits",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MIXED)
+def test_mixed_up_layers_fail_the_export(
+    make: Make, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    case, name, wrong, stage = MIXED[mistake]
+    assert wrong != getattr(internvl_names, name)
+    monkeypatch.setattr(internvl_names, name, wrong)
+    ran = run(make(case), "--target", "onnx", "--precision", "fp32", "--greedy-tokens", "2", "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert f"parity failed: {stage} relative_l2" in ran.err
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
