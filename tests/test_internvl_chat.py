@@ -200,6 +200,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"llm_config": {"architectures": ["MPTForCausalLM"]}},
         r"'MPTForCausalLM' is not supported; supported are .*InternLM2ForCausalLM",
     ),
+    "no list of architectures": ({"llm_config": {"architectures": 5}}, r"language model None is not supported"),
+    "a conversation that is no name": ({"template": ["a"]}, r"is not known; choose"),
+    "tiles that are no number": ({"max_dynamic_patch": "six"}, r"max_dynamic_patch 'six' in config.json must be"),
     "another epsilon": (
         {"vision_config": {"qk_normalization": True, "layer_norm_eps": 1e-5, "image_size": 28}},
         r"epsilon of 1e-05",

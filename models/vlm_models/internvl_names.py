@@ -59,7 +59,7 @@ def canonical_tensors(
 
     Raises CheckpointError for weights of a LoRA, two spellings of one tensor, or a projection of another size.
     """
-    internlm2 = next(iter(llm.get("architectures") or ()), None) == "InternLM2ForCausalLM"
+    internlm2 = llm["architectures"][0] == "InternLM2ForCausalLM"
     patterns = [(re.compile(p), to) for p, to in (*_TOWER, *(_INTERNLM2 if internlm2 else ()))]
     renamed = []
     for name, tensor in stored:

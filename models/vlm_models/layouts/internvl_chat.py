@@ -105,6 +105,12 @@ def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Ch
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
     vision = config["vision_config"]
+    for values, key, default in (
+        *((vision, "image_size", 224), (config, "min_dynamic_patch", 1), (config, "max_dynamic_patch", 6)),
+        *((config["llm_config"], key, 1) for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")),
+    ):
+        if not isinstance(value := values.get(key) or default, int) or value < 1:
+            raise CheckpointError(f"{folder}: {key} {value!r} in config.json must be a whole number of 1 or more")
     edge, forced = vision.get("image_size", 224), config.get("force_image_size")
     if forced not in (None, edge):
         raise CheckpointError(
@@ -122,9 +128,9 @@ def _check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _conversation(folder: Path, name: object) -> Conversation:
-    if name in CONVERSATIONS:
+    if str(name) in CONVERSATIONS:
         return CONVERSATIONS[str(name)]
-    if name in conversations.CONVERSATIONS:
+    if str(name) in conversations.CONVERSATIONS:
         return conversations.CONVERSATIONS[str(name)]
     raise CheckpointError(
         f"{folder}: the conversation {name!r} is not known; choose with --conversation: {', '.join(CONVERSATIONS)}"
@@ -154,7 +160,8 @@ def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _language(folder: Path, llm: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """text_config, and what to tell of it."""
-    architecture = next(iter(llm.get("architectures") or ()), None)
+    given = llm.get("architectures")
+    architecture = given[0] if isinstance(given, list) and given else None
     if architecture not in _LANGUAGES:
         raise CheckpointError(
             f"{folder}: the language model {architecture!r} is not supported; supported are {', '.join(_LANGUAGES)}"
@@ -231,7 +238,7 @@ def _write_processor(config: Mapping[str, Any], made: Path) -> None:
         "do_rescale": True,
         "do_normalize": True,
         "crop_to_patches": True,
-        "min_patches": int(config.get("min_dynamic_patch", 1)) if dynamic else 1,
-        "max_patches": int(config.get("max_dynamic_patch", 6)) if dynamic else 1,
+        "min_patches": config.get("min_dynamic_patch") or 1 if dynamic else 1,
+        "max_patches": config.get("max_dynamic_patch") or 6 if dynamic else 1,
     }
     (made / "preprocessor_config.json").write_text(json.dumps(out), "utf-8")
