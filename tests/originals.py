@@ -188,7 +188,7 @@ def sentencepiece_model() -> bytes:
     return out.getvalue()
 
 
-def _write_sentencepiece(folder: Path, legacy: bool) -> None:
+def _write_sentencepiece(folder: Path, legacy: bool = True) -> None:
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(names))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from checkpoints import respell
 from conftest import MakeTiny
-from vlm_models.checkpoint import open_checkpoint
+from vlm_models.checkpoint import Sources, open_checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.model import load_model
 
@@ -182,3 +182,11 @@ def test_no_damaged_header_raises_anything_else(copy: Path, data: st.DataObject)
     (broken / "model.safetensors").write_bytes(raw)
     with contextlib.suppress(CheckpointError):
         load_model(broken)
+
+
+@pytest.mark.parametrize("name", ["base", "vision_tower", "conversation"])
+def test_a_source_that_would_change_nothing_is_refused(tiny: Path, name: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"Hugging Face's layout, so that --{name.replace('_', '-')} would change"
+    ):
+        open_checkpoint(tiny, Sources(**{name: "llava_v1"}))

@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.idefics3.image_processing_pil_idefics3 import (
+    Idefics3ImageProcessorPil,
+    get_resize_output_image_size,
+)
 
 import vlm_runtime
 from checkpoints import copy
 from exporting import Command, command, copy_parts, exported, rewrite
 from shuffled import FAKE, OVERVIEW, SIZES, check_answer, check_pictures, check_reference, noise, theirs, tiny_idefics3
+from vlm_export import export
 from vlm_models import shuffle
 from vlm_models.checkpoint import open_checkpoint
 from vlm_models.errors import CheckpointError
@@ -98,6 +105,17 @@ def test_other_towers_answer_as_transformers(make: Make, tmp_path_factory: pytes
     check_answer(vlm, make(case), TWO, [noise((57, 41)), noise((31, 127))])
 
 
+@pytest.mark.slow
+def test_every_target_passes_its_check_and_answers(make: Make, tmp_path: Path) -> None:
+    export(make("idefics3"), ["gguf", "tensorrt"], tmp_path / "bundle", precision="fp32")
+    manifest = read_manifest(tmp_path / "bundle")
+    assert all(manifest.parity[target]["passed"] for target in ("gguf", "tensorrt"))
+    notes = manifest.parts["language_model"]["gguf"].details["notes"]
+    assert [note for note in notes if "no mmproj" in note]
+    vlm = vlm_runtime.load(tmp_path / "bundle", engine="gguf", threads=1)
+    check_answer(vlm, make("idefics3"), ONE, [noise((57, 41))])
+
+
 def test_positions_are_those_that_rounding_gives(make: Make) -> None:
     encoder = load_model(make("bucketed")).vision_encoder()
     assert isinstance(encoder, shuffle.Idefics3Encoder)
@@ -114,6 +132,21 @@ def test_a_picture_is_scaled_and_cut_as_the_paper_says() -> None:
     assert split.scaled((300, 400), 8192) == (3072, 4096)
     assert split.whole_tiles((72, 96), 32) == (96, 96)
     assert split.whole_tiles((20, 96), 32) == (32, 96)
+
+
+@given(
+    st.integers(1, 9000), st.integers(1, 9000), st.sampled_from([(364, 1456), (512, 2048), (384, 1536), (364, 5000)])
+)
+def test_every_size_is_that_of_transformers(height: int, width: int, edges: tuple[int, int]) -> None:
+    edge, longest = edges
+    shape = np.empty((1, height, width), bool)
+    first = get_resize_output_image_size(shape, longest)
+    assert split.scaled((height, width), longest) == first
+    asked: list[Any] = []
+    processor: Any = Idefics3ImageProcessorPil()
+    processor.resize = lambda image, size, resample: asked.append((size.height, size.width))
+    processor.resize_for_vision_encoder(np.empty((1, *first), bool), edge)
+    assert [split.whole_tiles(first, edge)] == asked
 
 
 def test_names_of_the_tower_in_old_files_are_read(make: Make, tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 import vlm_runtime
 from checkpoints import copy
 from exporting import Command, command, copy_parts, exported, rewrite
 from shuffled import SIZES, check_answer, check_pictures, check_reference, noise, tiny_internvl
+from vlm_export import export
 from vlm_models import shuffle
 from vlm_models.checkpoint import open_checkpoint
 from vlm_models.errors import CheckpointError
@@ -96,6 +100,23 @@ def test_other_towers_answer_as_transformers(make: Make, tmp_path_factory: pytes
     check_answer(vlm, make(case), TWO, [noise((57, 41)), noise((31, 127))])
 
 
+@pytest.mark.slow
+def test_every_target_passes_its_check_and_answers(make: Make, tmp_path: Path) -> None:
+    export(make("plain"), ["gguf", "tensorrt"], tmp_path / "bundle", precision="fp32")
+    manifest = read_manifest(tmp_path / "bundle")
+    assert all(manifest.parity[target]["passed"] for target in ("gguf", "tensorrt"))
+    notes = manifest.parts["language_model"]["gguf"].details["notes"]
+    assert [note for note in notes if "no mmproj" in note]
+    vlm = vlm_runtime.load(tmp_path / "bundle", engine="gguf", threads=1)
+    check_answer(vlm, make("plain"), ONE, [noise((57, 41))])
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 3), st.integers(3, 12))
+def test_every_grid_is_that_of_transformers(height: int, width: int, least: int, most: int) -> None:
+    columns, rows = get_optimal_tiled_canvas((height, width), (448, 448), least, most)
+    assert ratio.grid((height, width), 448, least, most) == (rows, columns)
+
+
 def test_of_grids_that_are_equally_close_the_larger_is_for_large_pictures() -> None:
     assert ratio.grid((20, 20), 28, 1, 6) == (1, 1)
     assert ratio.grid((400, 400), 28, 1, 6) == (2, 2)
@@ -170,6 +191,8 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"image_size": [30, 30]},
         r"takes 30 × 30 pixels in patches of 7 × 7; tiles must be square and of whole patches",
     ),
+    "patches of nothing": ("vision_config", {"patch_size": [0, 0]}, r"must be height and width, of 1 or more"),
+    "three edges": ("vision_config", {"image_size": [28, 28, 28]}, r"must be height and width, of 1 or more"),
     "tiles that are not square": ("vision_config", {"image_size": [28, 35]}, r"28 × 35 pixels"),
     "a layer beyond the tower": ("", {"vision_feature_layer": 4}, r"vision_feature_layer 4 .* 4 hidden states"),
     "the class token kept": ("", {"vision_feature_select_strategy": "full"}, r"'full' leaves the class token"),
@@ -191,11 +214,20 @@ def test_a_config_that_contradicts_itself_is_refused_in_one_line(make: Make, tmp
     assert "\n" not in str(error.value)
 
 
-def test_an_image_processor_of_another_size_is_refused(make: Make, tmp_path: Path) -> None:
+PROCESSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"size": {"height": 35, "width": 35}}, "28 × 28"),
+    "tiles without end": ({"max_patches": 10**9}, "1 to 1000000000 tiles .* cannot be; they go from 1 to 1000"),
+    "more tiles than there may be": ({"min_patches": 7}, "7 to 6 tiles"),
+}
+
+
+@pytest.mark.parametrize("what", PROCESSORS)
+def test_an_image_processor_that_does_not_fit_is_refused(make: Make, tmp_path: Path, what: str) -> None:
+    values, told = PROCESSORS[what]
     folder = copy(make("plain"), tmp_path / "copy")
     path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 35, "width": 35}}))
-    with pytest.raises(CheckpointError, match="28 × 28"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(CheckpointError, match=told):
         load_model(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from vlm_models.checkpoint import Sources
 from vlm_models.errors import CheckError, CheckpointError
 from vlm_models.layouts import original
 from vlm_models.model import Model, load_model
+from vlm_models.original import config as translated
 from vlm_runtime.image import preprocess
 from vlm_runtime.manifest import read_manifest
 from vlm_runtime.tiling import layout_of
@@ -305,6 +307,10 @@ def test_start_and_end_stand_around_the_picture(make: Make, picture_file: Path, 
     assert ids[first - 1] == 400
     assert ids[first + 16] == 401
     assert model.spec.prompt.image_token_id == 402
+    third = changed(make("square"), tmp_path / "v0", mm_use_im_start_end=True, mm_use_im_patch_token=None)
+    ids = list(asked(third, picture_file)[1].prompt_ids)
+    first = ids.index(403)
+    assert (ids[first - 1], ids[first + 16]) == (401, 402)
     short = changed(make("llama, own tower"), tmp_path / "short", mm_use_im_start_end=True)
     with pytest.raises(CheckpointError, match=r"asks for '<im_start>' .* id 400, outside the embedding table of 400"):
         load_model(short)
@@ -325,6 +331,8 @@ def test_a_projector_alone_goes_onto_its_base(make: Make, picture_file: Path, tm
     assert model.checkpoint.notes[0].startswith("projector of llava-v1.5-pretrain, everything else of the base model")
     with pytest.raises(CheckpointError, match=r"holds a projector alone, and its base model 'None' .* --base"):
         load_model(stage)
+    with pytest.raises(CheckpointError, match=r"holds a whole model: --base is for adapters"):
+        load_model(whole.folder, sources)
     torch.save({**projector, "model.embed_tokens.weight": torch.ones(2, 64)}, stage / "mm_projector.bin")
     with pytest.raises(CheckpointError, match=r"holds 'language_model.embed_tokens.weight' beside the projector"):
         load_model(stage, sources)
@@ -355,6 +363,54 @@ def test_what_cannot_be_read_is_refused_in_one_line(make: Make, tmp_path: Path, 
     folder = changed(make("llama, own tower"), tmp_path / "llava-v1", **changes)
     with pytest.raises(CheckpointError, match=words) as error:
         load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "layer": {"mm_vision_select_layer": "last"},
+    "layers": {"mm_vision_select_layer": [-2]},
+    "tower": {"mm_vision_tower": [1, 2]},
+    "architectures": {"architectures": 7},
+    "ends": {"eos_token_id": "</s>"},
+    "rope": {"rope_scaling": [1]},
+    "hidden": {"hidden_size": "wide"},
+    "pinpoints": {
+        "image_grid_pinpoints": [["a", "b"]],
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+    },
+    "merge": {"image_aspect_ratio": ["anyres"], "mm_patch_merge_type": {}},
+    "start": {"mm_use_im_start_end": [], "mm_projector_type": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_values_of_other_kinds_are_one_line(make: Make, tmp_path: Path, case: str) -> None:
+    folder = changed(make("llama, own tower"), tmp_path / "llava-v1", **DAMAGED[case])
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+BROKEN = {
+    "added_tokens.json": '{"<im_end>": "x"}',
+    "tokenizer_config.json": "[]",
+    "tokenizer.model": "nothing",
+    "tokenizer.json": "{}",
+    "preprocessor_config.json": '{"image_mean": 3, "image_std": "x", "resample": "cubic"}',
+    "generation_config.json": '{"eos_token_id": {}}',
+    "config.json": '{"mm_vision_tower": null, "mm_projector_type": null}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_damaged_files_are_one_line(make: Make, tmp_path: Path, name: str) -> None:
+    folder = changed(make("llama, own tower"), tmp_path / "llava-v1")
+    tower = Path(shutil.copytree(make("llama, own tower").tower, tmp_path / "tower"))
+    (tower / "preprocessor_config.json").unlink()
+    (folder / name).write_text(BROKEN[name])
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder, Sources(vision_tower=tower))
     assert "\n" not in str(error.value)
 
 
@@ -446,3 +502,23 @@ def test_the_specs_of_both_layouts_are_one_but_for_names(make: Make) -> None:
     assert ours.vision == theirs.vision
     assert ours.language == theirs.language
     assert ours.preprocess == dataclasses.replace(theirs.preprocess, pad="square", pad_color=(122, 116, 104))
+
+
+MISTAKES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "no padding": ("aspect", lambda right: lambda *given: "square", "pixel_values"),
+    "another layer": (
+        "vision_part",
+        lambda right: lambda *given: {**right(*given), "vision_feature_layer": -1},
+        "image_features",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_config_translated_wrongly_fails_parity(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    name, wrong, stage = MISTAKES[mistake]
+    monkeypatch.setattr(translated, name, wrong(getattr(translated, name)))
+    with pytest.raises(CheckError, match=f"parity failed: {stage} "):
+        export(make("llama, own tower").folder, "onnx", tmp_path / "bundle", precision="fp32")

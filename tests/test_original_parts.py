@@ -17,10 +17,12 @@ from originals import tiny_original
 from vlm_export import export
 from vlm_models.checkpoint import Sources, Stored, open_checkpoint
 from vlm_models.errors import CheckpointError
+from vlm_models.family import read_spec
 from vlm_models.model import load_model
 from vlm_models.original import config as translated
 from vlm_models.original.names import TOWER
 from vlm_models.original.tower import Tower, find_tower
+from vlm_models.projectors import projector
 
 
 def shaped(*shape: int) -> Stored:
@@ -222,3 +224,55 @@ def test_gguf_reads_its_prompts_too(tmp_path: Path, legacy: bool) -> None:
         "What is this?", [tmp_path / "bundle" / "golden" / "image.png"], max_new_tokens=4
     )
     assert answer.image_tokens == 16
+
+
+LINES: dict[str, dict[str, Any]] = {
+    "Yi-VL-6B": {"config": {"mm_projector_type": "mlp2x_gelu_Norm", "model_type": "llava"}},
+    "MobileVLM-1.7B": {"config": {"mm_projector_type": "ldpnet", "model_type": "mobilevlm"}},
+    "MobileVLM_V2-1.7B": {
+        "config": {"mm_projector_type": "ldpnetv2", "model_type": "mobilevlm"},
+        "image_size": 96,
+        "patch_size": 4,
+    },
+    "nanoLLaVA": {
+        "config": {"model_type": "llava-qwen2", "image_aspect_ratio": "pad", "mm_vision_select_feature": None},
+        "text": "qwen2",
+        "tower": "siglip",
+        "tokens": "bpe",
+    },
+}
+CONVERSATION = {"Yi-VL-6B": "mm_default", "nanoLLaVA": "tokenizer"}
+NANO = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+NANO += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINES)
+def test_descendants_go_the_whole_line(tmp_path: Path, name: str) -> None:
+    """Projector, conversation and the text that ends an answer, from the saved names to an answer of the bundle."""
+    made = tiny_original(tmp_path, name=name, **LINES[name])
+    if name == "nanoLLaVA":
+        path = made.folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NANO}))
+    else:
+        tensors = load_file(made.folder / "model.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if "mm_projector" not in key}
+        module = projector(read_spec(open_checkpoint(made.folder)))
+        generator = torch.Generator().manual_seed(0)
+        noisy = {key: t + 0.1 * torch.randn(t.shape, generator=generator) for key, t in module.state_dict().items()}
+        own = {f"model.mm_projector.{key}": tensor for key, tensor in noisy.items()}
+        save_file({**kept, **own}, made.folder / "model.safetensors")
+    manifest = export(made.folder, "onnx", tmp_path / "bundle", precision="fp32")
+    assert manifest.parity["onnx"]["greedy"]["equal"] == 32
+    wanted = CONVERSATION.get(name, "vicuna_v1")
+    assert any(note.startswith(f"conversation: {wanted}, since") for note in manifest.notes)
+    assert manifest.spec.prompt.stop == (("###",) if wanted == "mm_default" else ())
+    model = vlm_runtime.load(tmp_path / "bundle", threads=1)
+    picture = tmp_path / "bundle" / "golden" / "image.png"
+    answer = model.answer("What is this?", [picture], max_new_tokens=4)
+    assert answer.image_tokens == model.spec.tile_tokens
+    chat = model.chat()
+    assert "".join(chat.ask("What is this?", [picture], max_new_tokens=4)) == answer.text
+    list(chat.ask("Sure?", max_new_tokens=2))
+    assert chat.last is not None
+    assert chat.last.image_tokens == model.spec.tile_tokens

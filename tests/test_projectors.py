@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ import vlm_export
 import vlm_runtime
 from checkpoints import copy, tiny_llava
 from exporting import Command, command, rewrite
+from originals import tiny_original
 from projectors_like import KINDS, with_projector
 from vlm_export import reference_projector
 from vlm_models import projectors
@@ -112,6 +113,27 @@ def test_rows_are_those_of_the_definition(make: Make, kind: str) -> None:
     assert got.shape == (3, model.spec.tile_tokens, model.spec.language.hidden_size) == want.shape
     assert (got - want).norm() / want.norm() < 1e-5
     assert (other - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_original_layout_carries_any_of_them(make: Make, tmp_path: Path, kind: str) -> None:
+    """model.mm_projector.… and mm_projector_type, as the original codes save them."""
+    made = tiny_original(tmp_path, **OPTIONS.get(kind, {"image_size": 40}))
+    old, new = load_file(made.folder / "model.safetensors"), load_file(make(kind) / "model.safetensors")
+    tensors = {name: tensor for name, tensor in old.items() if "mm_projector" not in name}
+    for name, tensor in new.items():
+        if name.startswith("multi_modal_projector."):
+            tail = name.removeprefix("multi_modal_projector.").removeprefix("linear.")
+            tensors[f"model.mm_projector.{tail}"] = tensor
+    save_file(tensors, made.folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((made.folder / "config.json").read_text())
+    (made.folder / "config.json").write_text(json.dumps({**config, "mm_projector_type": kind}))
+    model = load_model(made.folder)
+    x = features(model)
+    with torch.inference_mode():
+        want = by_definition(make(kind), kind, x)
+        assert (model.projector()(x) - want).norm() / want.norm() < 1e-5
+    assert model.spec.prompt.image_tokens == model.spec.tile_tokens == want.shape[1]
 
 
 def test_the_rows_of_transformers_own_projector_are_its_module_s(tiny: Path) -> None:

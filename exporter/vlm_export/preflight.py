@@ -37,6 +37,7 @@ _PREFIXES = {
     "language_model": ("language_model", "lm_head"),
 }
 # Bit pattern of +infinity: every NaN and infinity has at least these bits below its sign.
+_BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
 
@@ -65,11 +66,11 @@ def finite(checkpoint: Checkpoint, progress: Progress = silent) -> None:
 
     def check(name: str) -> bool:
         nonlocal done
-        array = checkpoint.rows(name).reshape(-1)
-        bits = array.view(np.uint32 if checkpoint.dtype(name) == "F32" else np.uint16)
-        for start in range(0, len(bits), _ROWS):
-            block = bits[start : start + _ROWS]
-            if not _finite(block, _INFINITY[checkpoint.dtype(name)]):
+        dtype, (rows, *rest) = checkpoint.dtype(name), checkpoint.shape(name)
+        step = max(1, _ROWS // max(1, math.prod(rest)))
+        for start in range(0, rows, step):  # few at a time: those of an adapter are computed
+            block = checkpoint.rows(name, start, start + step).reshape(-1)
+            if not _finite(block.view(_BITS[dtype]), _INFINITY[dtype]):
                 return False
             done += len(block)
             progress("weights", min(done, total), total)

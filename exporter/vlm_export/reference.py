@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_export.greedy import Blocks, Draft, decode, decode_drafts
+from vlm_export.reference_original import is_original, original_features, original_pixels
 from vlm_export.reference_prompt import original_ids
 from vlm_export.target import Progress, silent
 from vlm_models.errors import CheckpointError
@@ -75,7 +76,7 @@ def compute_reference(
     ids, pixels = prompt_ids(model, prompt, [image]), pixel_values(model, image)
     progress("reference", 1, steps)
     with torch.inference_mode():
-        features = model.vision_encoder()(torch.from_numpy(pixels))
+        features = image_features(model, torch.from_numpy(pixels))
         progress("reference", 2, steps)
         rows = projected(model, features)
         embeds = spliced(model, ids, packed(model, rows, (image.height, image.width)))
@@ -114,10 +115,20 @@ def pixel_values(model: Model, picture: Image.Image, pictures: int = 1) -> Float
     from vlm_models.processor import image_processor
 
     own = getattr(family_of(model.checkpoint), "pixel_values", None)
+    if is_original(model.checkpoint):
+        return np.ascontiguousarray(original_pixels(model, picture, pictures), np.float32)
     if own is not None:
         return np.ascontiguousarray(own(model.checkpoint, model.spec, picture, pictures), np.float32)
     pixels = image_processor(model.checkpoint)(images=picture, return_tensors="np")["pixel_values"]
     return np.ascontiguousarray(np.asarray(pixels, np.float32))
+
+
+def image_features(model: Model, pixels: Tensor) -> Tensor:
+    """(N, T, F): rows of the tower, as the family or LLaVA's original code selects them."""
+    if is_original(model.checkpoint):
+        return original_features(model, pixels)
+    rows: Tensor = model.vision_encoder()(pixels)
+    return rows
 
 
 def packed(model: Model, rows: Tensor, size: tuple[int, int], pictures: int = 1) -> Tensor:
@@ -144,7 +155,7 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     from transformers import AutoTokenizer
 
     own = getattr(family_of(model.checkpoint), "prompt_ids", None)
-    if model.checkpoint.conversation is not None:
+    if (written := model.checkpoint.conversation) is not None and not written.whole:
         return original_ids(model.checkpoint, prompt, pictures, _rows_of(model, own), model.spec.prompt.image_token_id)
     if own is not None:
         return list(own(model.checkpoint, model.spec, prompt, pictures))
@@ -154,8 +165,8 @@ def prompt_ids(model: Model, prompt: str, pictures: Sequence[Image.Image]) -> li
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from error
-    written = spec.bos_token is not None and prompt.startswith(spec.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not written)["input_ids"]
+    begun = spec.bos_token is not None and prompt.startswith(spec.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
     return [i for t in ids for i in ([t] * spec.image_tokens if t == spec.image_token_id else [t])]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm_export.reference_internvl import as_saved
 from vlm_models.checkpoint import Array, Checkpoint
 from vlm_models.model import Model
 
@@ -51,8 +52,10 @@ class Adapted(Checkpoint):
 
 
 def as_trained(model: Model) -> Model:
-    """The model with its adapter read anew; the model itself where it has none."""
+    """The model with its adapter, or the names of an original layout, read anew; else the model itself."""
     checkpoint = model.checkpoint
+    if checkpoint.layout == "internvl_chat":
+        return as_saved(model)
     if checkpoint.layout != "lora":
         return model
     folder = checkpoint.folder

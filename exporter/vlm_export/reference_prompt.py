@@ -6,13 +6,16 @@ Neither the bundle's template nor the runtime takes part: transformers renders H
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_models.conversation import question, render
 from vlm_models.errors import CheckpointError
 from vlm_models.family import family_of
-from vlm_models.original.files import END, IMAGE, SOURCE, START, load_tokenizer
+from vlm_models.original.files import CONFIG, END, IMAGE, PATCH, SOURCE, START, load_tokenizer
 from vlm_models.processor import transformers_tokenizer
 
 if TYPE_CHECKING:
@@ -66,6 +69,16 @@ def _template(checkpoint: Checkpoint) -> Any:
     return found.get("default") if isinstance(found, dict) else found
 
 
+@lru_cache(maxsize=2)
+def _tokenizer(source: Path) -> Any:
+    """The checkpoint's, with the tokens that LLaVA's `load_pretrained_model` (llava/model/builder.py) adds."""
+    config, tokenizer = json.loads((source / CONFIG).read_text("utf-8")), load_tokenizer(source)
+    if config.get("mm_use_im_start_end"):
+        patch = [PATCH] if config.get("mm_use_im_patch_token", True) else []
+        tokenizer.add_tokens([*patch, START, END], special_tokens=True)
+    return tokenizer
+
+
 def original_ids(
     checkpoint: Checkpoint, prompt: str, pictures: Sequence[Image.Image], rows: Callable[[Image.Image], int], token: int
 ) -> list[int]:
@@ -73,9 +86,7 @@ def original_ids(
 
     By transformers' tokenizer of the files that the checkpoint has; `rows` says how many a picture takes.
     """
-    tokenizer = load_tokenizer(checkpoint.files / SOURCE)
-    if checkpoint.conversation is not None and checkpoint.conversation.picture != IMAGE:
-        tokenizer.add_tokens([START, END], special_tokens=True)
+    tokenizer = _tokenizer(checkpoint.files / SOURCE)
     bos = tokenizer.bos_token
     written = isinstance(bos, str) and prompt.startswith(bos)
     chunks = [list(tokenizer(chunk)["input_ids"]) for chunk in prompt.split(IMAGE)]

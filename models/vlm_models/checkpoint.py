@@ -50,7 +50,7 @@ class Stored:
     """One tensor on disk: `array` is a view of the mapped file; `span` its bytes there, for dropping pages.
 
     `grid` says on which values a quantizer has put it, so that packing finds the same integers again. With `low_rank`
-    the tensor is more than `array`, and its dtype F32.
+    the tensor is more than `array`, and its dtype F32. `order` (n,) are the rows of `array` that it has, where not all.
     """
 
     dtype: str
@@ -59,6 +59,7 @@ class Stored:
     span: tuple[int, int] = (0, 0)
     grid: Grid | None = None
     low_rank: LowRank | None = None
+    order: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored."""
-        return self._get(name).array.shape
+        stored = self._get(name)
+        return stored.array.shape if stored.order is None else (len(stored.order), *stored.array.shape[1:])
 
     def dtype(self, name: str) -> str:
         """One of F32, F16, BF16."""
@@ -130,7 +132,7 @@ class Checkpoint:
         Of a tensor with an adapter a new float32 array, computed on each call.
         """
         stored = self._get(name)
-        rows: Array = stored.array[start:stop]
+        rows: Array = stored.array[start:stop] if stored.order is None else stored.array[stored.order[start:stop]]
         return rows if stored.low_rank is None else stored.low_rank.add(rows, start, stop)
 
     def grid(self, name: str) -> Grid | None:
@@ -171,6 +173,15 @@ def read_json(path: Path, without: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
     return data
+
+
+def refuse_sources(folder: Path, sources: Sources, layout: str, *names: str) -> None:
+    """Raise CheckpointError for the first of `names` that is given though a folder of `layout` has no use for it."""
+    for name in names:
+        if getattr(sources, name) is not None:
+            raise CheckpointError(
+                f"{folder} {layout}, so that --{name.replace('_', '-')} would change nothing: leave it out"
+            )
 
 
 def local_folder(path_or_hub_id: str | Path) -> Path:

@@ -42,11 +42,13 @@ class Conversation:
 class Written:
     """A conversation as one checkpoint writes it: `picture` stands for one picture, tokens around it included.
 
-    Without `conversation` its tokenizer's own chat template does.
+    Without `conversation` its tokenizer's own chat template does. `whole` says that a text is tokenized at once, and
+    not in pieces around its pictures.
     """
 
     conversation: Conversation | None
     picture: str
+    whole: bool = False
 
 
 def question(picture: str, text: str, pictures: int = 1) -> str:

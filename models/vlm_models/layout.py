@@ -12,6 +12,7 @@ from vlm_models import layouts
 from vlm_models.checkpoint import Checkpoint, Sources
 
 _DEFAULT = "huggingface"
+_ADAPTERS = "lora"
 
 
 class Layout(Protocol):
@@ -25,9 +26,9 @@ class Layout(Protocol):
 
 
 def find_layout(folder: Path, config: Mapping[str, Any]) -> Layout:
-    """The layout of a folder: Hugging Face's where no other says that it is its own."""
+    """The layout of a folder: an adapter's whatever its config says, and Hugging Face's where no other is its own."""
     names = sorted(module.name for module in pkgutil.iter_modules(layouts.__path__))
-    found = [_module(name) for name in names if name != _DEFAULT]
+    found = [_module(name) for name in (_ADAPTERS, *names) if name != _DEFAULT]
     return next((layout for layout in found if layout.matches(folder, config)), _module(_DEFAULT))
 
 

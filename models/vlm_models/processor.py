@@ -74,7 +74,7 @@ def prompt_spec(checkpoint: Checkpoint, config: Any, image_tokens: int) -> Promp
         bos_token=_token_text(tokens.get("bos_token")),
         eos_token=_token_text(tokens.get("eos_token")),
         chat_template=_chat_template(checkpoint, tokens),
-        chunked=checkpoint.conversation is not None,
+        chunked=checkpoint.conversation is not None and not checkpoint.conversation.whole,
         stop=tuple(checkpoint.config.get("stop", ())) if checkpoint.conversation is not None else (),
     )
 

@@ -67,7 +67,7 @@ def unsupported(model: Model) -> str | None:
     if vision.model_type not in TOWERS:
         return f"llama.cpp has no LLaVA graph for a {vision.model_type} tower"
     if projector.kind not in _LAYERS:
-        return f"llama.cpp's LLaVA projector is two linear layers with GELU between, this one {projector.kind}"
+        return f"mmproj files are written for projectors of two linear layers with GELU, this one is {projector.kind}"
     if projector.activation not in _GELUS:
         return f"llama.cpp's LLaVA projector computes GELU, this one {projector.activation}"
     if (activation := _config(model.checkpoint).hidden_act) not in _ACTIVATIONS:

@@ -134,7 +134,9 @@ def _interleaved(checkpoint: Checkpoint, source: str, head_dim: int) -> Read:
     """Rows of each head reordered from halves 0 1 2 … | 0' 1' 2' … to neighbours 0 0' 1 1' 2 2' …"""
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        rows: NDArray[Any] = checkpoint.rows(source)[_neighbours(np.arange(start, stop), head_dim)]
+        wanted = _neighbours(np.arange(start, stop), head_dim)
+        first = int(wanted.min())
+        rows: NDArray[Any] = checkpoint.rows(source, first, int(wanted.max()) + 1)[wanted - first]
         return rows
 
     return read

@@ -83,7 +83,8 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 def _vision(checkpoint: Checkpoint, config: Any) -> VisionSpec:
     v = config.vision_config
-    if not isinstance(v.image_size, int) or not isinstance(v.patch_size, int) or v.image_size % v.patch_size:
+    whole = isinstance(v.image_size, int) and isinstance(v.patch_size, int) and min(v.image_size, v.patch_size) > 0
+    if not whole or v.image_size % v.patch_size:
         raise CheckpointError(
             f"{checkpoint.folder}: the tower's image_size {v.image_size} is not a whole number of its patches of "
             f"{v.patch_size}"

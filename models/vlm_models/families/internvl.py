@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_models.vision import Encoder
 
 _TOWER = "internvl_vision"
+_MOST = 1000  # tiles; real checkpoints have 6 to 40
 
 
 def spec(checkpoint: Checkpoint) -> VLMSpec:
@@ -27,6 +28,12 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
     vision, language = _vision(checkpoint, config), vlm_config.language(checkpoint, config)
     projector = _projector(checkpoint, config, vision, language)
     processor = image_processor(checkpoint)
+    least, most = int(processor.min_patches), int(processor.max_patches)
+    if not 1 <= least <= most <= _MOST:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a picture of {least} to {most} tiles (min_patches, max_patches) cannot be; they go "
+            f"from 1 to {_MOST}"
+        )
     return VLMSpec(
         family="internvl",
         name=checkpoint.name,
@@ -38,8 +45,8 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         prompt=prompt_spec(checkpoint, config, projector.out_tokens or 0),
         tiling=TilingSpec(
             rule="ratio",
-            min_tiles=int(processor.min_patches),
-            max_tiles=int(processor.max_patches),
+            min_tiles=least,
+            max_tiles=most,
             overview="last",
             before=special_token(checkpoint, "start_image_token", "<img>"),
             after=special_token(checkpoint, "end_image_token", "</img>"),
@@ -72,9 +79,9 @@ def prompt_ids(checkpoint: Checkpoint, spec: VLMSpec, prompt: str, pictures: Seq
 
     tokenizer, processor = transformers_tokenizer(checkpoint), image_processor(checkpoint)
     stand_in: Any = SimpleNamespace(
-        start_image_token=tokenizer.start_image_token,
-        end_image_token=tokenizer.end_image_token,
-        image_token=tokenizer.context_image_token,
+        start_image_token=getattr(tokenizer, "start_image_token", None) or "<img>",
+        end_image_token=getattr(tokenizer, "end_image_token", None) or "</img>",
+        image_token=getattr(tokenizer, "context_image_token", None) or "<IMG_CONTEXT>",
         image_seq_length=spec.tile_tokens,
     )
     text, *rest = prompt.split(stand_in.image_token)
@@ -91,7 +98,13 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 def _vision(checkpoint: Checkpoint, config: Any) -> VisionSpec:
     v, layer = config.vision_config, config.vision_feature_layer
-    (height, width), (down, across) = v.image_size, v.patch_size
+    sizes = (*v.image_size, *v.patch_size)
+    if len(v.image_size) != 2 or len(v.patch_size) != 2 or min(sizes) < 1:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tower's image_size {v.image_size} and patch_size {v.patch_size} must be height "
+            "and width, of 1 or more"
+        )
+    height, width, down, across = sizes
     if height != width or down != across or height % down:
         raise CheckpointError(
             f"{checkpoint.folder}: the tower takes {height} × {width} pixels in patches of {down} × {across}; "

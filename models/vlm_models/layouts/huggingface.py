@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint
+from vlm_models.checkpoint import Checkpoint, Sources, Stored, fingerprint, refuse_sources
 from vlm_models.errors import CheckpointError
 from vlm_models.weights import read_weights
 
@@ -27,7 +27,8 @@ def matches(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Checkpoint:
-    """Everything is in the folder, so `sources` have nothing to add."""
+    """Everything is in the folder, so `sources` have nothing to add and are refused."""
+    refuse_sources(folder, sources, "is in Hugging Face's layout", "base", "vision_tower", "conversation")
     tensors = canonical(folder, read_weights(folder))
     return Checkpoint(folder, folder.resolve().name, config, tensors, fingerprint(config, tensors))
 

@@ -37,6 +37,8 @@ def open_folder(folder: Path, config: Mapping[str, Any], sources: Sources) -> Ch
     """A whole model, or a projector (mm_projector.bin) beside the base model of --base or `_name_or_path`."""
     translated.check(folder, config)
     if names.has_weights(folder):
+        if sources.base is not None:
+            raise CheckpointError(f"{folder} holds a whole model: --base is for adapters and for projectors alone")
         return build(folder, config, names.model_tensors(folder), sources)
     projector = names.projector_tensors(folder)
     if not projector:
@@ -72,6 +74,21 @@ def build(
 
     `tokenizer` is the folder of the tokenizer where it is not `folder`. Raises CheckpointError for what cannot be read.
     """
+    try:
+        return _built(folder, config, tensors, sources, tokenizer, notes)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # values of other kinds
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: config.json or a file beside it is damaged: {reason}") from error
+
+
+def _built(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    sources: Sources,
+    tokenizer: Path | None,
+    notes: Sequence[str],
+) -> Checkpoint:
     if _TABLE not in tensors:
         raise CheckpointError(f"{folder}: tensor {_TABLE!r} is missing; the checkpoint is incomplete")
     kind = str(config.get("mm_projector_type") or "linear")
@@ -83,8 +100,10 @@ def build(
     path, rows = Path(made.name), tensors[_TABLE].array.shape[0]
     wrapped = bool(config.get("mm_use_im_start_end"))
     own = folder if tokenizer is None or _has_tokenizer(folder) else tokenizer
-    tokens = files.write_tokenizer(own, path, (files.START, files.END) if wrapped else (), rows)
+    patch = (files.PATCH,) if config.get("mm_use_im_patch_token", True) else ()
+    tokens = files.write_tokenizer(own, path, (*patch, files.START, files.END) if wrapped else (), rows)
     picture = f"{files.START}{files.IMAGE}{files.END}" if wrapped else files.IMAGE
+    (path / files.SOURCE / files.CONFIG).write_text(json.dumps(dict(config)), "utf-8")
     name, why = _conversation(folder, config, text, kind, tokens, sources)
     conversation = conversations.named(name)
     template = tokens.template if conversation is None else chat_template(conversation, picture)

@@ -13,7 +13,8 @@ from vlm_models.checkpoint import read_json
 from vlm_models.errors import CheckpointError
 
 SOURCE = "source"
-"""Subfolder of the made folder: the tokenizer's files as they were found, for the reference."""
+"""Subfolder of the made folder: tokenizer, configs and processor as they were found, for the reference."""
+CONFIG, TOWER_CONFIG, PROCESSOR = "original_config.json", "tower_config.json", "tower_preprocessor.json"
 
 IMAGE, PATCH, START, END = "<image>", "<im_patch>", "<im_start>", "<im_end>"
 _TOKENIZER = (
@@ -22,6 +23,7 @@ _TOKENIZER = (
 )
 _MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
 _BICUBIC = 3
 BLANK = "▁"  # U+2581, SentencePiece's space
 
@@ -151,19 +153,27 @@ def write_processor(
     Resize filter, mean and deviation are those of the tower's own processor, else the checkpoint's, else those that
     CLIP and SigLIP have. LLaVA resizes CLIP's pictures by the shorter edge and crops them, and squashes SigLIP's.
     """
+    if tower is not None and (tower / "config.json").is_file():
+        whole = read_json(tower / "config.json", "")
+        part = whole.get("vision_config", whole)
+        (made / SOURCE / TOWER_CONFIG).write_text(json.dumps(part), "utf-8")
     places = [place for place in (tower, checkpoint) if place is not None]
     found = next((p / "preprocessor_config.json" for p in places if (p / "preprocessor_config.json").is_file()), None)
     raw = read_json(found, "") if found is not None else {}
+    (made / SOURCE / PROCESSOR).write_text(json.dumps(raw), "utf-8")
     clip, edge = vision["model_type"] == "clip_vision_model", int(vision.get("image_size", 224))
+    mean, deviation = (_CLIP_MEAN, _CLIP_STD) if clip else (_HALF, _HALF)
     out: dict[str, Any] = {
-        "resample": raw.get("resample", _BICUBIC),
-        "image_mean": raw.get("image_mean") or (_CLIP_MEAN if clip else (0.5, 0.5, 0.5)),
-        "image_std": raw.get("image_std") or (_CLIP_STD if clip else (0.5, 0.5, 0.5)),
-        "rescale_factor": raw.get("rescale_factor") or 1 / 255,
+        "resample": int(raw.get("resample", _BICUBIC)),
+        "image_mean": [float(value) for value in raw.get("image_mean") or mean],
+        "image_std": [float(value) for value in raw.get("image_std") or deviation],
+        "rescale_factor": float(raw.get("rescale_factor") or 1 / 255),
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
     }
+    if any(made_edge != edge for made_edge in _edges(raw)):
+        raise CheckpointError(f"{found} makes pictures of {_edges(raw)[0]} pixels, but the vision tower takes {edge}")
     square = {"height": edge, "width": edge}
     cropped = {"size": {"shortest_edge": edge}, "crop_size": square, "do_center_crop": True}
     if aspect == "anyres":
@@ -179,6 +189,13 @@ def write_processor(
         out |= {"image_processor_type": "SiglipImageProcessor", "size": square}
     (made / "preprocessor_config.json").write_text(json.dumps(out), "utf-8")
     return "as its tower type has it" if found is None else f"of {found}"
+
+
+def _edges(raw: Mapping[str, Any]) -> list[int]:
+    """What a processor's crop_size, or size where it does not crop, says of the edges of a picture."""
+    given = raw.get("crop_size") or raw.get("size") or {}
+    values = [given] if isinstance(given, int) else list(given.values()) if isinstance(given, dict) else []
+    return [value for value in values if isinstance(value, int)]
 
 
 def ends(folder: Path, config: Mapping[str, Any], tokens: Tokens, stop: str) -> tuple[list[int], list[str]]:

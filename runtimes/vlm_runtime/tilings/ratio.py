@@ -53,7 +53,7 @@ def grid(size: Size, edge: int, least: int, most: int) -> tuple[int, int]:
     Of grids that are equally close, a larger one wins where the picture has over half of its pixels.
     """
     height, width = size
-    shapes = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most]
+    shapes = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1) if least <= c * r]
     best, nearest = (1, 1), float("inf")
     for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
         apart = abs(width / height - columns / rows)
