@@ -107,7 +107,7 @@ class Job:
 
         Kept by checkpoint, precision and the versions of the peer's packages; nothing half-written is kept.
         """
-        folder = self.cache / f"{self.title.replace(':', '-')}-{self._key()}"
+        folder = self.cache / f"{self.title.partition(':')[0]}-{self.precision}-{self._key()}"
         if not (folder / _RECORD).is_file():
             self._convert(folder, convert)
         record = json.loads((folder / _RECORD).read_text("utf-8"))
@@ -233,11 +233,12 @@ def _versions(python: str, packages: Mapping[str, str], install: str) -> dict[st
         "import importlib.metadata as m, importlib.util as u, json, sys\n"
         "found = {}\n"
         "for name, package in json.loads(sys.argv[1]).items():\n"
-        "    if u.find_spec(name):\n"
-        "        try:\n"
-        "            found[package] = m.version(package)\n"
-        "        except m.PackageNotFoundError:\n"
+        "    try:\n"
+        "        if u.find_spec(name):\n"
         "            found[package] = 'unknown'\n"
+        "            found[package] = m.version(package)\n"
+        "    except ImportError:\n"
+        "        pass\n"
         "print(json.dumps(found))\n"
     )
     command = [python, "-I", "-c", code, json.dumps(dict(packages))]
