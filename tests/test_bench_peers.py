@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
 import shutil
@@ -25,7 +26,7 @@ from vlm_bench.peer import Job, peer_contestants, read_peer
 from vlm_bench.results import SCHEMA, STAGES, Settings
 from vlm_bench.results_file import read_results
 from vlm_export.reference import compute_reference
-from vlm_models.errors import DependencyError, InputError
+from vlm_models.errors import CheckpointError, DependencyError, InputError
 from vlm_models.model import load_model
 from vlm_runtime.prompt import render, user_message
 
@@ -155,6 +156,22 @@ def test_a_conversion_that_fails_leaves_nothing_and_skips_the_peer(made_up: Any,
     assert found == []
     assert skipped.reason == "its converter failed: ValueError: no such operator"
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_checkpoint_that_a_peer_cannot_run_skips_only_that_peer(made_up: Any, tiny: Path, tmp_path: Path) -> None:
+    def convert(folder: Path) -> Sequence[str]:
+        raise CheckpointError("it has no graph for this model")
+
+    made_up.convert = convert
+    (skipped,) = peer_contestants(["made-up"], tiny, 1, tmp_path)[1]
+    assert skipped.reason == "it has no graph for this model"
+
+    def full(folder: Path) -> Sequence[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made_up.convert = full
+    (skipped,) = peer_contestants(["made-up"], tiny, 1, tmp_path)[1]
+    assert skipped.reason == f"cannot write into {tmp_path}: No space left on device"
 
 
 def test_a_peer_that_is_not_installed_has_its_reason(made_up: Any, tiny: Path, tmp_path: Path) -> None:
