@@ -83,7 +83,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME[:PRECISION][=PYTHON]",
-            help="Another toolkit on the weights of --checkpoint, here or in PYTHON's environment; repeats.",
+            help="transformers, llamacpp, onnxruntime-genai or openvino-genai on the weights of --checkpoint, here "
+            "or in PYTHON's environment; repeats.",
             rich_help_panel=_WHERE,
         ),
     ] = None,

@@ -107,7 +107,7 @@ class Job:
 
         Kept by checkpoint, precision and the versions of the peer's packages; nothing half-written is kept.
         """
-        folder = self.cache / f"{self.title.replace(':', '-')}-{self._key()}"
+        folder = self.cache / f"{self.title.partition(':')[0]}-{self.precision}-{self._key()}"
         if not (folder / _RECORD).is_file():
             self._convert(folder, convert)
         record = json.loads((folder / _RECORD).read_text("utf-8"))
@@ -133,13 +133,7 @@ class Job:
 
     def _convert(self, folder: Path, convert: Callable[[Path], Sequence[str]]) -> None:
         self.say(f"{self.title}: converting the checkpoint")
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".converting-", dir=self.cache))
-        except OSError as error:
-            raise InputError(
-                f"cannot write {readable(self.cache)}: {error.strerror or error}: give --peer-cache FOLDER"
-            ) from None
+        made = _new_folder(self.cache)
         try:
             start = time.perf_counter()
             notes = convert(made)
@@ -150,6 +144,8 @@ class Job:
             made.chmod(0o755)  # mkdtemp's own is for the owner alone
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
+        except OSError as error:  # no space left, most often
+            raise DependencyError(f"cannot write into {readable(self.cache)}: {error.strerror or error}") from None
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
@@ -163,27 +159,28 @@ def peer_contestants(
 ) -> tuple[list[Contestant], list[Skipped]]:
     """The peers asked for, on the checkpoint; those that cannot run are skipped with the reason.
 
-    Raises InputError for a peer that does not exist, or at a precision it does not have, or without a checkpoint.
+    Raises InputError for a peer that does not exist, or at a precision it does not have, or without a checkpoint, and
+    for a checkpoint that is none or a `cache` that cannot be written.
     """
     asked = [read_peer(text) for text in wanted]
     titles = [one.title for one in asked]
     if len(set(titles)) < len(titles):
         raise InputError("a peer is given twice: give each once, or with other precisions")
+    if asked and cache is not None:
+        _new_folder(cache).rmdir()
     found: list[Contestant] = []
     skipped: list[Skipped] = []
     for one in asked:
         if checkpoint is None:
             raise InputError(f"peer {one.name!r} runs the checkpoint itself: give it with --checkpoint FOLDER")
-        module = _module(one.name)
+        read_spec(open_checkpoint(checkpoint))
+        module, python = _module(one.name), _interpreter(one)
         precision = one.precision or module.PRECISIONS[0]
         try:
-            python = _interpreter(one)
             versions = _versions(python, module.PACKAGES, module.INSTALL)
             job = Job(one.title, checkpoint, precision, python, versions, threads, cache or cache_folder(), say)
             found.append(module.contestant(job))
-        except VLMError as error:
-            if isinstance(error, InputError):
-                raise
+        except VLMError as error:  # whatever this peer cannot do with it
             skipped.append(Skipped(one.title, readable(str(error))))
     return found, skipped
 
@@ -213,6 +210,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm-bench"
 
 
+def _new_folder(cache: Path) -> Path:
+    """An empty one in `cache`. Raises InputError where none can be made."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {readable(cache)}: {error.strerror or error}: give --peer-cache FOLDER"
+        ) from None
+
+
 def _module(name: str) -> Any:
     return importlib.import_module(f"{peers.__name__}.{name.replace('-', '_')}")
 
@@ -233,11 +241,12 @@ def _versions(python: str, packages: Mapping[str, str], install: str) -> dict[st
         "import importlib.metadata as m, importlib.util as u, json, sys\n"
         "found = {}\n"
         "for name, package in json.loads(sys.argv[1]).items():\n"
-        "    if u.find_spec(name):\n"
-        "        try:\n"
-        "            found[package] = m.version(package)\n"
-        "        except m.PackageNotFoundError:\n"
+        "    try:\n"
+        "        if u.find_spec(name):\n"
         "            found[package] = 'unknown'\n"
+        "            found[package] = m.version(package)\n"
+        "    except ImportError:\n"
+        "        pass\n"
         "print(json.dumps(found))\n"
     )
     command = [python, "-I", "-c", code, json.dumps(dict(packages))]

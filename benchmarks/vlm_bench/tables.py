@@ -50,6 +50,8 @@ def _numbers(results: Results, rows: Sequence[Row]) -> Table:
     table.add_row("engines", *(Text(_engines(row)) for row in rows))
     table.add_row("precision", *(Text((row.precision or "not told").replace(",", "\n")) for row in rows))
     first = results.rows[0]
+    if len(results.rows) > 1:
+        table.caption = Text(f"×: times that of {first.name}", "dim")
     for column in COLUMNS:
         if any(median(column.get(row)) is not None for row in results.rows):
             table.add_row(column.heading, *(_cell(column, row, first) for row in rows))

@@ -6,6 +6,7 @@ libmtmd prepares and encodes the picture, llama.cpp decodes its rows and the tex
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -81,7 +82,7 @@ class Asking:
             "text": text,
             "wall_ms": wall * 1e3,
             "ttft_ms": (times[0] - start) * 1e3,
-            "token_ms": [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)],
+            "token_ms": [(b - a) * 1e3 for a, b in itertools.pairwise(times)],
             "stages_ms": {name: value * 1e3 for name, value in stages.items()},
             "prompt_tokens": tokens,
             "image_tokens": rows,

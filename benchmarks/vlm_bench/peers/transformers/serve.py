@@ -25,7 +25,10 @@ def serve(
     """Load the checkpoint and say what it is."""
     torch.set_num_threads(threads)
     load: Any = AutoModelForImageTextToText
-    model = load.from_pretrained(checkpoint, dtype=_TYPES[precision]).eval()
+    model, loaded = load.from_pretrained(checkpoint, dtype=_TYPES[precision], output_loading_info=True)
+    if names := sorted(loaded["missing_keys"]):  # transformers would make random weights for them
+        raise RuntimeError(f"transformers finds no {names[0]} and {len(names) - 1} other tensors: take another version")
+    model.eval()
     prepare: Any = AutoProcessor
     processor = prepare.from_pretrained(checkpoint)
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
