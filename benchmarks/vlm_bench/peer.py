@@ -105,7 +105,7 @@ class Job:
     def converted(self, convert: Callable[[Path], Sequence[str]]) -> Converted:
         """What `convert(folder)` made of this checkpoint, now or before, and the notes it returned.
 
-        Kept by checkpoint, precision and the versions of the peer's packages; nothing half-written is kept.
+        Kept by checkpoint, precision, the versions of the peer's packages and our scripts; nothing half-written is.
         """
         folder = self.cache / f"{self.title.partition(':')[0]}-{self.precision}-{self._key()}"
         if not (folder / _RECORD).is_file():
@@ -127,7 +127,8 @@ class Job:
     def _key(self) -> str:
         beside = {path for pattern in _BESIDE for path in self.checkpoint.glob(pattern)}
         digest = hashlib.sha256(json.dumps([self.spec.fingerprint, self.precision, dict(self.versions)]).encode())
-        for path in sorted(beside):
+        scripts = Path(peers.__path__[0]) / self.title.partition(":")[0].replace("-", "_")
+        for path in [*sorted(beside), *sorted(scripts.glob("*.py"))]:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
 

@@ -39,15 +39,30 @@ class Vision(torch.nn.Module):
 
 def convert(checkpoint: str, folder: str, precision: str) -> None:
     """Write everything GenAI opens into `folder`, and vision.onnx."""
+    out = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        image_id = _write_parts(
+            checkpoint, Path(scratch) / "text", out, np.float16 if precision == "int4" else np.float32
+        )
+        _build(Path(scratch), folder, precision)  # with nothing else in memory: it takes much itself
+    _describe(out, image_id)
+
+
+def _write_parts(checkpoint: str, text: Path, out: Path, table: Any) -> int:
+    """Everything but what the builder makes, which gets the folder `text` to read; the image token's id."""
     load: Any = AutoModelForImageTextToText
     whole, loaded = load.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     if names := sorted(loaded["missing_keys"]):  # transformers would make random weights for them
         raise ValueError(f"transformers finds no {names[0]} and {len(names) - 1} other tensors: take another version")
     whole.eval()
-    out, text = Path(folder), whole.config.text_config
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        _write_language(whole, checkpoint, Path(scratch) / "text")
-        _build(Path(scratch), folder, precision)
+    _write_language(whole, checkpoint, text)
+    _write_vision(whole, out)
+    _write_embedding(whole, out, table)
+    _write_rows(whole.config.text_config.hidden_size, out)
+    return int(whole.config.image_token_id)
+
+
+def _write_vision(whole: Any, out: Path) -> None:
     size = whole.config.vision_config.image_size
     torch.onnx.export(
         Vision(whole.model).eval(),
@@ -56,19 +71,18 @@ def convert(checkpoint: str, folder: str, precision: str) -> None:
         input_names=["pixel_values"],
         output_names=["image_features"],
         dynamo=True,
-        external_data=False,
+        external_data=True,
     )
-    _write_embedding(whole, out, np.float16 if precision == "int4" else np.float32)
-    _write_rows(text.hidden_size, out)
-    _describe(out, whole.config.image_token_id)
 
 
 def _write_language(whole: Any, checkpoint: str, folder: Path) -> None:
     """The language model as a text-only folder, which is what the builder reads."""
     kind: Any = AutoModelForCausalLM
-    text = kind.from_config(whole.config.text_config, dtype=torch.float32)
-    text.model.load_state_dict(whole.model.language_model.state_dict())
-    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    with torch.device("meta"):  # no second copy in memory
+        text = kind.from_config(whole.config.text_config, dtype=torch.float32)
+    text.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
+    text.lm_head.load_state_dict(whole.lm_head.state_dict(), assign=True)
+    text.tie_weights()
     text.save_pretrained(folder)
     tokenizer: Any = AutoTokenizer
     tokenizer.from_pretrained(checkpoint).save_pretrained(folder)
