@@ -154,6 +154,7 @@ class OnnxLanguage:
         return Edge(self.graph.node("Mul", [active, self._read(up)], f"{name}.gated"))
 
     def last_row(self, x: Value) -> Value:
+        self.linear_layers.rows_change()
         if isinstance(x, Sum) and not x.edge:
             return Sum(self._last(x.x), self._last(x.y))
         return Edge(self._last(self._read(x)))
