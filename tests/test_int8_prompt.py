@@ -11,11 +11,13 @@ import torch
 from onnx import TensorProto
 
 from conftest import MakeTiny
+from vlm_bench.first_token import earlier, first_token, kept
 from vlm_bench.int8_speed import built, cosines, divergence, faster, long_prompts, make_language, make_vision, reference
 from vlm_bench.int8_speed import languages as languages_of
 from vlm_bench.measure import Stat
 from vlm_export.importance import Example
 from vlm_models.demo.scenes import write_calibration
+from vlm_models.errors import InputError
 from vlm_models.model import Model, load_model
 from vlm_quant.calibration import read_pairs
 from vlm_runtime.bundle import Bundle
@@ -97,12 +99,14 @@ def test_every_product_of_int8_is_of_unsigned_rows_and_signed_weights(languages:
     for node in products:
         rounding = made[node.input[0]]
         assert rounding.op_type == "QuantizeLinear"
-        assert dtypes[rounding.input[2]] == dtypes[node.input[4]] == TensorProto.UINT8
+        zeros = made[rounding.input[2]]  # 128 a row
+        assert dtypes[zeros.input[2]] == dtypes[node.input[4]] == TensorProto.UINT8
         assert dtypes[node.input[1]] == TensorProto.INT8
     # Four inputs a layer are rounded, each once, in no more operators than these.
     assert len({node.input[0] for node in products}) == 12
     kinds = [node.op_type for node in graph.node]
-    assert [kinds.count(op) for op in ("Abs", "ReduceMax", "Div", "QuantizeLinear")] == [12] * 4
+    assert [kinds.count(op) for op in ("Abs", "ReduceMax", "Div")] == [12, 12, 0]
+    assert kinds.count("QuantizeLinear") == 12 + 2  # and the zeros of all rows, and of the last row
 
 
 def test_long_prompts_end_with_their_own_question() -> None:
@@ -133,13 +137,42 @@ def test_projected_rows_at_int8_point_where_those_of_fp32_do(model: Model, tmp_p
     found = cosines(towers, iter(RNG.standard_normal((2, 3, size, size)).astype(np.float32)))
     assert list(found) == ["int8"]
     assert 0.999 < found["int8"]["least"] <= found["int8"]["mean"] < 1
-    assert set(make_vision(towers["int8"], 1)(0)) == {"vision_ms", "vision_cpu_ms"}
+    assert set(make_vision(towers["int8"], 1)(0)) == {
+        f"{stage}_{unit}" for stage in ("vision", "projector") for unit in ("ms", "cpu_ms")
+    }
 
 
 def test_a_repeat_times_prompt_and_decode_apart(model: Model, languages: dict[str, Bundle]) -> None:
     rep = make_language(languages["int8"], 1, rows(model, 40), 3)
     assert rep(0).keys() == rep(1).keys() == {"prefill_ms", "prefill_cpu_ms", "decode_ms", "decode_cpu_ms"}
     assert all(value > 0 for value in rep(2).values())
+
+
+def test_the_first_token_is_the_sum_of_its_stages_where_all_were_timed() -> None:
+    def stats(**medians: float) -> dict[str, Stat]:
+        return {
+            f"{k}_{unit}": Stat(v * n, v, v, 3, 3) for k, v in medians.items() for n, unit in ((1, "ms"), (2, "cpu_ms"))
+        }
+
+    results = {"fp32": stats(prefill=9), "int8": stats(prefill=4), "vision int8": stats(vision=7, projector=1)}
+    assert first_token(results) == {
+        "int8, ms": {"vision": 7, "projector": 1, "prefill": 4, "sum": 12},
+        "int8, cpu_ms": {"vision": 14, "projector": 2, "prefill": 8, "sum": 24},
+    }
+
+
+def test_graphs_that_were_kept_are_found_by_their_folders(
+    model: Model, languages: dict[str, Bundle], tmp_path: Path
+) -> None:
+    with kept(tmp_path / "kept") as work:
+        built(model, "language=int8", ("language_model",), work / languages["int8"].folder.name, CONTEXT)
+    found = earlier(languages, tmp_path / "kept")
+    assert {name: bundle.folder.parent for name, bundle in found.items()} == {"int8 before": tmp_path / "kept"}
+    assert make_language(found["int8 before"], 1, rows(model, 8), 1)(0)["prefill_ms"] > 0
+    with pytest.raises(InputError, match="not empty"), kept(tmp_path / "kept"):
+        pass
+    with pytest.raises(InputError, match="holds none of"):
+        earlier(languages, tmp_path)
 
 
 def test_ratios_are_above_one_for_what_is_faster() -> None:

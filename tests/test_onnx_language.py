@@ -138,10 +138,10 @@ def test_every_linear_layer_is_counted_and_at_its_precision(make_tiny: MakeTiny,
     operators = Counter(node.op_type for node in graph.node)
     assert operators["MatMulNBits"] == 16
     assert operators["MatMul"] == 0
-    assert operators["SkipSimplifiedLayerNormalization"] == 6
+    assert operators["RMSNormalization"] == 7
     assert operators["GroupQueryAttention"] == 3
-    # 15 linears, 7 norms, 3 attentions, QuickGelu and Mul a layer, two slices before the head: nothing else.
-    assert len(graph.node) == 16 + 7 + 3 + 6 + 2 + 1
+    # 16 linears, 7 norms, 6 sums, 3 attentions, QuickGelu and Mul a layer, two slices, Identity: nothing else.
+    assert len(graph.node) == 16 + 7 + 6 + 3 + 6 + 2 + 1
     assert part.files == ("onnx/language_model.onnx", "onnx/language_model.onnx.data")
     assert part.precision == "int4:g16"
 

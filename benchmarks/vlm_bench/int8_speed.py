@@ -8,7 +8,6 @@ cosine of projected rows, picture by picture.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from vlm_bench import report
 from vlm_bench.accuracy import accuracy
+from vlm_bench.first_token import earlier, first_token, kept
 from vlm_bench.gguf_quality import Truth, compared, held_out, intervals
 from vlm_bench.measure import Rep, interleave, ratio
 from vlm_bench.worker import workers
@@ -40,6 +40,7 @@ LANGUAGE = {
 }
 DECIDED = {"int8 smoothed": "smoothquant", "int8 auto": "auto"}  # on the calibration pairs; the others are to nearest
 VISION = ("fp32", "fp16", "int8")
+TOWER = ("vision_encoder", "projector")
 BASES = {
     "prefill_ms": "fp32",
     "prefill_cpu_ms": "fp32",
@@ -70,15 +71,19 @@ def make_language(bundle: Bundle, threads: int, rows: NDArray[np.float32], token
 
 
 def make_vision(bundle: Bundle, threads: int) -> Rep:
-    """One picture of noise through the vision encoder."""
-    encoder = find_engine(ONNX).encoder(bundle, "vision_encoder", Options(threads=threads))
+    """One picture of noise through the vision encoder and the projector."""
+    encoders = [find_engine(ONNX).encoder(bundle, part, Options(threads=threads)) for part in TOWER]
     size = bundle.spec.vision.image_size
 
     def rep(number: int) -> Mapping[str, float]:
-        pixels = np.random.default_rng(number).standard_normal((1, 3, size, size), np.float32)
-        wall, cpu = time.perf_counter(), time.process_time()
-        encoder.run(pixels)
-        return {"vision_ms": (time.perf_counter() - wall) * 1e3, "vision_cpu_ms": (time.process_time() - cpu) * 1e3}
+        x = np.random.default_rng(number).standard_normal((1, 3, size, size), np.float32)
+        times = [(time.perf_counter(), time.process_time())]
+        for encoder in encoders:
+            x = encoder.run(x)
+            times.append((time.perf_counter(), time.process_time()))
+        (vision, vision_cpu), (projector, projector_cpu) = np.diff(times, axis=0) * 1e3
+        values = {"vision_ms": vision, "vision_cpu_ms": vision_cpu}
+        return values | {"projector_ms": projector, "projector_cpu_ms": projector_cpu}
 
     return rep
 
@@ -164,8 +169,7 @@ def divergence(bundles: Mapping[str, Bundle], truths: Sequence[Truth]) -> dict[s
 def cosines(bundles: Mapping[str, Bundle], pixels: Iterator[NDArray[np.float32]]) -> dict[str, dict[str, float]]:
     """Projected rows against those of fp32, picture by picture: the mean cosine and the smallest."""
     encoders = {
-        name: [find_engine(ONNX).encoder(bundle, part, Options()) for part in ("vision_encoder", "projector")]
-        for name, bundle in bundles.items()
+        name: [find_engine(ONNX).encoder(bundle, part, Options()) for part in TOWER] for name, bundle in bundles.items()
     }
     found: dict[str, list[float]] = {name: [] for name in bundles if name != "fp32"}
     for picture in pixels:
@@ -206,6 +210,8 @@ def command(
     pictures: Annotated[int, typer.Option(min=2, help="Held-out pictures, about six questions each.")] = 20,
     asked: Annotated[int, typer.Option(min=0, help="Pictures of which answers are counted, 0 for none.")] = 0,
     precisions: Annotated[str, typer.Option(help="Of the language model, separated by commas.")] = ",".join(LANGUAGE),
+    keep: Annotated[Path | None, typer.Option(help="A new folder in which the graphs stay.")] = None,
+    before: Annotated[Path | None, typer.Option(help="Graphs that an earlier version kept, to time as well.")] = None,
     save: Annotated[bool, typer.Option("--save", help=f"Write the numbers into {report.RESULTS}.")] = False,
 ) -> None:
     """Times of fp32, fp16, int8 and int4, in turn; KL and cosine to fp32."""
@@ -222,18 +228,17 @@ def command(
         raise InputError("everything is compared with fp32: add it to --precisions")
     model, facts = load_model(checkpoint), dict[str, Any](rows=rows, tokens=tokens, threads=threads)
     pairs = read_pairs(checkpoint / "calibration")
-    with tempfile.TemporaryDirectory(prefix="int8-speed-") as scratch:
-        work = Path(scratch)
+    with kept(keep) as work:
         held = read_pairs(write_pairs(work / "held-out", pictures))
         shown = examples(model, held)
         context = max(rows + tokens, *(len(example.embeds) for example in shown))
         bundles = languages(model, names, pairs, work, context)
+        bundles |= earlier(bundles, before)
         prompt = long_prompts(shown, rows)
         long = reference(model, prompt[:: max(1, len(prompt) // pictures)])
         facts |= {"held_out": divergence(bundles, held_out(model, held)), "prompts": len(shown)}
         facts |= {"held_out_long": divergence(bundles, long), "long_prompts": len(long)}
-        parts = ("vision_encoder", "projector")
-        towers = {name: built(model, name, parts, _made(work / f"tower-{name}")) for name in VISION}
+        towers = {name: built(model, name, TOWER, _made(work / f"tower-{name}")) for name in VISION}
         seen = (pixel_values(model, make_scene(seed, "test")[0])[0] for seed in range(pictures))
         facts["cosine"] = cosines(towers, seen)
         filled = max((example.embeds for example in prompt), key=len).numpy()
@@ -244,7 +249,8 @@ def command(
         }
         if vision is not None:
             large = load_model(vision)
-            towers = {name: built(large, name, parts, _made(work / f"vision-{name}")) for name in VISION}
+            towers = {name: built(large, name, TOWER, _made(work / f"vision-{name}")) for name in VISION}
+            towers |= earlier(towers, before)
             size = large.spec.vision.image_size
             noise = np.random.default_rng(0).standard_normal((3, 3, size, size), np.float32)
             facts["cosine_of_noise"] = cosines(towers, iter(noise))
@@ -256,6 +262,7 @@ def command(
             facts |= {"asked_pictures": asked, "accuracy": answers(checkpoint, work, asked)}
         with workers(makers, threads) as running:
             results = interleave(running, repeats, idle_s=idle, watch=report.status(console))
+    facts["first_token"] = first_token(results)
     facts["ratios"] = {number: faster(results, base, number) for number, base in BASES.items() if base in results}
     headings = {"prefill_ms": f"prompt {rows}, ms", "decode_ms": "decode, ms", "vision_ms": "vision, ms"}
     console.print(report.table(f"ONNX Runtime, {threads} threads; medians", results, headings))

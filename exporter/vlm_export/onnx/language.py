@@ -1,7 +1,7 @@
 """The ONNX Runtime emitter of the language model's walk: fused attention, norms and matmuls, few nodes.
 
-Sums and projections stay unwritten until something reads them, so that the reader can choose: a sum that goes into a
-norm becomes one SkipSimplifiedLayerNormalization, three projections that go into attention become one packed matmul.
+Projections stay unwritten until something reads them, so that the reader can choose: three that go into attention
+become one packed matmul. A sum and its norm stay apart: SkipSimplifiedLayerNormalization takes twice their time.
 """
 
 from __future__ import annotations
@@ -38,15 +38,6 @@ class Edge:
 
 
 @dataclass
-class Sum:
-    """x + y; `edge` is set once something has written it."""
-
-    x: str
-    y: str
-    edge: str = ""
-
-
-@dataclass
 class Projection:
     """A linear layer not yet written; `group` holds all that were asked for together."""
 
@@ -56,7 +47,7 @@ class Projection:
     edge: str = ""
 
 
-Value = Edge | Sum | Projection
+Value = Edge | Projection
 
 # Activation → operator, domain, attributes. QuickGelu is x · sigmoid(alpha x), FastGelu the tanh form.
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
@@ -90,13 +81,8 @@ class OnnxLanguage:
         return tuple(Projection(source, linear, linears) for linear in linears)
 
     def rms_norm(self, x: Value, norm: Norm) -> Value:
-        weight, out = self._norm_weight(norm), f"{norm.name}.out"
-        if isinstance(x, Sum) and not x.edge:
-            x.edge = f"{norm.name}.sum"
-            inputs, outputs = [x.x, x.y, weight], [out, "", "", x.edge]
-            self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=norm.eps)
-            return Edge(out)
-        return Edge(self.graph.node("RMSNormalization", [self._read(x), weight], out, axis=-1, epsilon=norm.eps))
+        inputs = [self._read(x), self._norm_weight(norm)]
+        return Edge(self.graph.node("RMSNormalization", inputs, f"{norm.name}.out", axis=-1, epsilon=norm.eps))
 
     def head_norm(self, x: Value, norm: Norm, heads: int) -> Value:
         out = f"{norm.name}.out"
@@ -143,7 +129,8 @@ class OnnxLanguage:
         return Edge(f"{layer}.attention")
 
     def add(self, x: Value, y: Value) -> Value:
-        return Sum(self._read(x), self._read(y))
+        term = self._read(y)
+        return Edge(self.graph.node("Add", [self._read(x), term], f"{term}.sum"))
 
     def gate(self, gate: Value, up: Value, activation: str) -> Value:
         if activation not in ACTIVATIONS:
@@ -154,8 +141,7 @@ class OnnxLanguage:
         return Edge(self.graph.node("Mul", [active, self._read(up)], f"{name}.gated"))
 
     def last_row(self, x: Value) -> Value:
-        if isinstance(x, Sum) and not x.edge:
-            return Sum(self._last(x.x), self._last(x.y))
+        self.linear_layers.rows_change()
         return Edge(self._last(self._read(x)))
 
     def softcap(self, x: Value, cap: float) -> Value:
@@ -171,13 +157,11 @@ class OnnxLanguage:
         self.graph.output("logits", FLOAT, (1, 1, self.spec.vocab_size))
 
     def _read(self, value: Value) -> str:
-        if isinstance(value, Sum) and not value.edge:
-            value.edge = self.graph.node("Add", [value.x, value.y], f"{value.y}.sum")
         if isinstance(value, Projection):
             if not value.edge:
                 value.edge = self._write(value.x, [value.linear], value.linear.name)
             return value.edge
-        return value.name if isinstance(value, Edge) else value.edge
+        return value.name
 
     def _write(self, x: str, linears: Sequence[Linear], name: str) -> str:
         """One linear layer of all the rows."""

@@ -25,6 +25,7 @@ CHUNK = 2048  # rows read, converted and written by one thread at a time
 HEAD_GROUP = 128  # of the 8-bit head: fewer scales to read than 32; the demo's parity is the same with both
 SATURATION = "int8 sums are exact with VNNI (x86) or dot-product (Arm) instructions; older x86 cores may saturate them"
 _FP16_MAX = float(np.finfo(np.float16).max)
+_ENDLESS = np.array(np.finfo(np.float32).max)  # a step that rounds everything to zero
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Linears:
         self.tally = Tally(int8_note=SATURATION)
         self.layers: list[str] = []
         self._rounded: dict[str, tuple[str, str]] = {}
+        self._zero = ""
         self._widened: set[str] = set()
 
     def emit(self, x: str, weight: Weight, output: str) -> str:
@@ -98,6 +100,10 @@ class Linears:
         if precision.weights == "int8":
             return self._int8(x, weight, output)
         return self._float(x, weight, output, half=precision.weights == "fp16")
+
+    def rows_change(self) -> None:
+        """The layers to come may read another number of rows than those before."""
+        self._zero = ""
 
     def half(self, name: str, array: NDArray[np.float32]) -> str:
         """A constant stored as fp16 and widened when the graph is loaded."""
@@ -131,7 +137,7 @@ class Linears:
 
         A row's rounding is its own, so that prompts may be cut into chunks and a row of outliers spoils no other.
         """
-        rounded, largest = self._round(x)
+        rounded, step = self._round(x, weight.columns)
         values = self.graph.reserve(f"{weight.name}.weight", (weight.columns, weight.rows), np.int8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows,), np.float32)
 
@@ -143,24 +149,31 @@ class Linears:
             scales.write(start, quantized.scales)
 
         stream(weight, write)
-        inputs = [rounded, f"{weight.name}.weight", "unit.scale", f"{weight.name}.scale", "unit.zero"]
+        one = self.graph.tensor("one", np.array(1, np.float32))
+        inputs = [rounded, f"{weight.name}.weight", one, f"{weight.name}.scale", "middle"]
         product = self.graph.node("MatMulIntegerToFloat", inputs, f"{output}.product", MICROSOFT)
         if weight.bias is None:
-            return self.graph.node("Mul", [product, largest], output)
-        scaled = self.graph.node("Mul", [product, largest], f"{output}.scaled")
+            return self.graph.node("Mul", [product, step], output)
+        scaled = self.graph.node("Mul", [product, step], f"{output}.scaled")
         return self.graph.node("Add", [scaled, self._bias(weight)], output)
 
-    def _round(self, x: str) -> tuple[str, str]:
-        """x as uint8 with 128 for zero, and the largest magnitude of each row. A row of zeros gives 0 · anything."""
+    def _round(self, x: str, columns: int) -> tuple[str, str]:
+        """x as uint8 with 128 for zero, and the step of each row (…, 1). A row of zeros gives 0 · anything.
+
+        A row is one block of QuantizeLinear, which takes steps as they come and so needs no division before it.
+        """
         if x not in self._rounded:
             graph = self.graph
             axis = graph.tensor("channels", np.array([-1], np.int64))
-            scale = graph.tensor("unit.scale", np.array(1 / 127, np.float32))
-            zero = graph.tensor("unit.zero", np.array(128, np.uint8))
+            unit = graph.tensor("unit", np.array(1 / 127, np.float32))
+            middle, endless = graph.tensor("middle", np.array(128, np.uint8)), graph.tensor("endless", _ENDLESS)
             magnitude = graph.node("Abs", [x], f"{x}.abs")
             largest = graph.node("ReduceMax", [magnitude, axis], f"{x}.largest", keepdims=1)
-            unit = graph.node("Div", [x, largest], f"{x}.unit")
-            self._rounded[x] = graph.node("QuantizeLinear", [unit, scale, zero], f"{x}.uint8"), largest
+            step = graph.node("Mul", [largest, unit], f"{x}.step")
+            self._zero = self._zero or graph.node("QuantizeLinear", [step, endless, middle], f"{x}.zero")
+            inputs = [x, step, self._zero]  # 128 in the steps' shape
+            rounded = graph.node("QuantizeLinear", inputs, f"{x}.uint8", axis=-1, block_size=columns)
+            self._rounded[x] = rounded, step
         return self._rounded[x]
 
     def emit_head(self, x: str, weight: Weight, output: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
+from vlm_export.onnx.attention import fuse_attention
 from vlm_export.onnx.graph import OPSET, Graph
 from vlm_export.onnx.linear import Linears, Weight
 from vlm_models.errors import CheckpointError
@@ -35,15 +36,21 @@ def trace(
     `names` are those of its input and output. Matrix products with a weight go through `linears`; all else is copied.
     """
     traced = traced_graph(module, shape)
+    fuse_attention(traced)
     (source,), (result,) = traced.inputs, traced.outputs
     source.name, result.name = names
     graph.input(names[0], FLOAT, dims(source))
-    emit(traced, linears.emit, lambda node, constants: _copy(node, constants, graph, linears))
+
+    def linear(x: str, weight: Weight, output: str) -> None:
+        linears.rows_change()
+        linears.emit(x, weight, output)
+
+    emit(traced, linear, lambda node, constants: _copy(node, constants, graph, linears))
     graph.output(names[1], FLOAT, dims(result))
 
 
 def emit(
-    traced: ir.Graph, linear: Callable[[str, Weight, str], str], copy: Callable[[NodeProto, Constants], None]
+    traced: ir.Graph, linear: Callable[[str, Weight, str], object], copy: Callable[[NodeProto, Constants], None]
 ) -> None:
     """Give every linear layer of the graph to `linear`, as (x, weight, output), and all other nodes to `copy`."""
     folded: set[ir.Node] = set()
