@@ -131,7 +131,10 @@ def test_what_fails_after_the_times_were_measured_does_not_lose_them(
 
 def test_ctrl_c_leaves_a_valid_file_and_no_process(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    code = "import sys; from vlm_bench.cli import main; sys.argv[0] = 'vlm-bench'; main()"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
+        "from vlm_bench.cli import main; sys.argv[0] = 'vlm-bench'; main()"
+    )
     line = [
         sys.executable,
         "-c",
@@ -148,12 +151,15 @@ def test_ctrl_c_leaves_a_valid_file_and_no_process(bundle: Path, tmp_path: Path)
     ]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(line, env=paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    end = time.monotonic() + 60
-    while not (out.exists() and read_results(out).rows) and time.monotonic() < end and process.poll() is None:
-        time.sleep(0.05)
-    children = measure.descendants(process.pid)
-    os.kill(process.pid, signal.SIGINT)
-    text, err = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 60
+        while not (out.exists() and read_results(out).rows) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        children = measure.descendants(process.pid)
+        os.kill(process.pid, signal.SIGINT)
+        text, err = process.communicate(timeout=60)
+    finally:  # 100000 repetitions must not outlive a failure
+        process.kill()
     assert process.returncode == 130, err.decode()
     assert b"Traceback" not in err
     assert b"cut before its end" in text
