@@ -29,9 +29,10 @@ demo: .venv/demo-installed
 	$(BIN)/vlm-export demo --target onnx -o bundle
 	$(BIN)/vlm-run bundle --image demo/sample.png "$(QUESTION)"
 
-# Two processes, a file to each at a time; threads that wait must not spin, or they starve one another.
+# Two processes, a file to each at a time, the long ones not last; threads that wait must not spin, or they starve one
+# another.
 test: programs .venv/test-installed .venv/lmms-installed lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test-installed
 	$(BIN)/ruff check
