@@ -14,7 +14,7 @@ from PIL import Image
 from vlm_bench.serving import Answer, Facts
 from vlm_models.errors import InputError
 from vlm_runtime import vlm
-from vlm_runtime.answer import Picture
+from vlm_runtime.answer import Picture, Request
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.engine import Options, choose_engines
 from vlm_runtime.prompt import render, user_message
@@ -51,14 +51,19 @@ class Clock:
         self._decoder: Any = model.decoder
         self._watch("prefill", self._prefilled)
         self._watch("decode", lambda _, end: self._ends.append(end))
-        picture = model.picture
+        self._started = 0.0
+        picture, request = model.picture, model.request
+
+        def asked(*arguments: Any, started: float, **options: Any) -> Request:
+            self._started = started
+            return request(*arguments, started=started, **options)
 
         def watched(image: Any, pictures: int = 1) -> Picture:
             made = picture(image, pictures)
             self._tiles.append(made.layout.tiles)
             return made
 
-        model.picture = watched  # type: ignore[method-assign]
+        model.picture, model.request = watched, asked  # type: ignore[method-assign]
 
     def answer(self, prompt: str, image: str | None, max_new_tokens: int) -> Mapping[str, Any]:
         """One answer and its times. Raises InputError when the context would end it before `max_new_tokens`."""
@@ -70,7 +75,7 @@ class Clock:
         said = self._model.answer(prompt, [image] if image else [], max_new_tokens=max_new_tokens)
         wall = (time.perf_counter() - start) * 1e3
         times, (seconds, end) = said.timings_ms, self._prefill
-        picked = start + times["ttft"] / 1e3
+        picked = self._started + times["ttft"] / 1e3
         tokens = np.diff(np.array([picked, *self._ends]))
         return {
             "text": said.text,
@@ -110,7 +115,7 @@ class Clock:
 
     def remove(self) -> None:
         """Stand between them no longer."""
-        del self._decoder.prefill, self._decoder.decode, self._model.picture
+        del self._decoder.prefill, self._decoder.decode, self._model.picture, self._model.request
 
     def _watch(self, method: str, note: Callable[[float, float], None]) -> None:
         """Let `note` know when each call of the decoder's `method` began and ended."""
