@@ -87,14 +87,14 @@ def test_the_chat_template_writes_what_was_trained(loaded: tuple[Any, Any]) -> N
 def test_at_least_nine_of_ten_answers_are_right(checkpoint: Path) -> None:
     from vlm_models.demo.accuracy import mean, measure
 
-    scores = measure(checkpoint, 60)
+    scores = measure(checkpoint, 24)
     assert mean(scores) >= 0.9, scores
 
 
 def test_answers_depend_on_the_picture(checkpoint: Path) -> None:
     from vlm_models.demo.accuracy import mean, measure
 
-    scores = measure(checkpoint, 20, shuffle=True)
+    scores = measure(checkpoint, 12, shuffle=True)
     assert mean(scores) < 0.5, scores
 
 

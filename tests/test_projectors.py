@@ -159,8 +159,8 @@ def test_the_line_answers_as_the_checkpoint(make: Make, picture: Image.Image, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ALL)
-def test_every_projector_goes_to_gguf_and_tensorrt(make: Make, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("linear", "mlp1x_gelu", "mlp3x_gelu")])
+def test_projectors_of_all_operators_go_to_gguf_and_tensorrt(make: Make, tmp_path: Path, kind: str) -> None:
     manifest = vlm_export.export(
         make(kind), ["onnx", "gguf", "tensorrt"], tmp_path / "bundle", precision="fp32", greedy_tokens=4
     )
