@@ -13,7 +13,7 @@ if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
     echo "installing$missing, which tests run"
     $sudo apt-get update -qq
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq $missing >/dev/null
 else
     echo "the tests run these programs, please install them:$missing" >&2
     exit 1
