@@ -5,7 +5,7 @@ missing=""
 { command -v ssh && command -v scp; } >/dev/null || missing="$missing openssh-client"
 { command -v sshd || [ -x /usr/sbin/sshd ]; } >/dev/null || missing="$missing openssh-server"
 command -v adb >/dev/null || missing="$missing adb"
-{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing="$missing chromium"
+{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing="$missing chromium fonts-dejavu-core"
 [ -n "$missing" ] || exit 0
 sudo=""
 [ "$(id -u)" = 0 ] || sudo="sudo -n"
