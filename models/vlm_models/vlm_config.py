@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_models import family
 from vlm_models.checkpoint import Checkpoint
 from vlm_models.errors import CheckpointError
 from vlm_models.language_config import ACTIVATIONS
-from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec
+from vlm_models.spec import LanguageSpec, ProjectorSpec, VisionSpec, VLMSpec
+
+if TYPE_CHECKING:
+    from vlm_models.vision import Encoder
 
 
 def read_config(checkpoint: Checkpoint, text: str = "llama", towers: tuple[str, ...] = ()) -> Any:
@@ -79,6 +82,13 @@ def last_state(checkpoint: Checkpoint, config: Any) -> VisionSpec:
         select_strategy="full",
         image_tokens=int(family.find(config.model_type, "positions", "vision tower").positions(config)),
     )
+
+
+def last_state_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
+    """The `vision_encoder` of families that take the tower's output as a whole."""
+    from vlm_models.vision import LastState, tower
+
+    return LastState(tower(checkpoint))
 
 
 def language(checkpoint: Checkpoint, config: Any) -> LanguageSpec:

@@ -17,7 +17,7 @@ from vlm_models.spec import PreprocessSpec, ProjectorSpec, VLMSpec
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlm_models.vision import Encoder
+vision_encoder = vlm_config.last_state_encoder
 
 
 def spec(checkpoint: Checkpoint) -> VLMSpec:
@@ -41,13 +41,6 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         preprocess=_preprocess(checkpoint, vision.image_size),
         prompt=prompt_spec(checkpoint, config, vision.image_tokens),
     )
-
-
-def vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
-    """The tower's last hidden state."""
-    from vlm_models.vision import LastState, tower
-
-    return LastState(tower(checkpoint))
 
 
 def projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from vlm_models.vision import Encoder
+vision_encoder = vlm_config.last_state_encoder
 
 
 def spec(checkpoint: Checkpoint) -> VLMSpec:
@@ -59,13 +59,6 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         preprocess=preprocess_spec(checkpoint, vision.image_size),
         prompt=dataclasses.replace(prompt, placeholder=begin, before=f"\n\n{begin}", after=f"{end}\n\n"),
     )
-
-
-def vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
-    """The tower's last hidden state."""
-    from vlm_models.vision import LastState, tower
-
-    return LastState(tower(checkpoint))
 
 
 def projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:

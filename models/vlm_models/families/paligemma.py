@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from vlm_models.vision import Encoder
-
 # One question about pictures: PaliGemma was not taught conversations.
 _TEMPLATE = (
     "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
@@ -31,6 +29,8 @@ _TEMPLATE = (
     "{%- for part in messages[0]['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
     "{{ '\\n' }}"
 )
+
+vision_encoder = vlm_config.last_state_encoder
 
 
 def spec(checkpoint: Checkpoint) -> VLMSpec:
@@ -58,13 +58,6 @@ def spec(checkpoint: Checkpoint) -> VLMSpec:
         preprocess=preprocess_spec(checkpoint, vision.image_size),
         prompt=dataclasses.replace(prompt, chat_template=_TEMPLATE, special_tokens=False),
     )
-
-
-def vision_encoder(checkpoint: Checkpoint, spec: VLMSpec) -> Encoder:
-    """The tower's last hidden state."""
-    from vlm_models.vision import LastState, tower
-
-    return LastState(tower(checkpoint))
 
 
 def projector(checkpoint: Checkpoint, spec: VLMSpec) -> nn.Module:
