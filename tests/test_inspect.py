@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from checkpoints import hf_model
+from checkpoints import copy, hf_model
 from conftest import MakeTiny
 from exporting import Command, command
 from vlm_export.target import target_names
@@ -69,3 +69,12 @@ def test_nothing_to_look_at_is_one_line(tmp_path: Path, run: Command) -> None:
     ran = run(tmp_path / "none", "--inspect")
     assert ran.code == 2
     assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_two_image_tokens_are_refused_with_both(make_tiny: MakeTiny, tmp_path: Path, run: Command) -> None:
+    folder = copy(make_tiny(), tmp_path / "two")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "image_token_index": 400, "image_token_id": 3}))
+    ran = run(folder, "--inspect")
+    assert ran.code == 2
+    assert "two image tokens, image_token_index 400 and image_token_id 3" in ran.err

@@ -12,6 +12,7 @@ from vlm_models.checkpoint import Checkpoint, read_json
 from vlm_models.errors import CheckpointError
 from vlm_models.spec import PreprocessSpec, PromptSpec
 
+_IMAGE_TOKEN_KEYS = ("image_token_index", "image_token_id")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -64,6 +65,10 @@ def preprocess_spec(checkpoint: Checkpoint, image_size: int, *, squashed: bool =
 
 def prompt_spec(checkpoint: Checkpoint, config: Any, image_tokens: int) -> PromptSpec:
     """Image token, chat template and the ids that end an answer (as transformers' generate() takes them)."""
+    named = {key: checkpoint.config[key] for key in _IMAGE_TOKEN_KEYS if checkpoint.config.get(key) is not None}
+    if len(set(named.values())) > 1:
+        said = " and ".join(f"{key} {value}" for key, value in named.items())
+        raise CheckpointError(f"{checkpoint.folder}: config.json names two image tokens, {said}: leave one of them out")
     image_token_id = int(config.image_token_id)
     tokens = read_tokenizer_config(checkpoint)
     return PromptSpec(
