@@ -74,7 +74,7 @@ def test_overhead_is_a_share_of_the_token(tmp_path: Path) -> None:
 def test_the_reference_shape_is_a_checkpoint(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own way of writing, on small sizes: transformers finds every tensor, and so do we."""
     config = reference_shape._config(shape)
-    assert config.text_config.num_hidden_layers == {"1.5b": 28, "7b": 32}[shape]
+    assert config.text_config.num_hidden_layers == {"1.5b": 28, "7b": 32, "135m": 30}[shape]
     tied = config.tie_word_embeddings
     small = {"intermediate_size": 16, "num_attention_heads": 2}
     vision = {**small, "hidden_size": 16}

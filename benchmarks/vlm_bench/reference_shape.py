@@ -1,6 +1,6 @@
 """`python -m vlm_bench.reference_shape OUT`: checkpoints of real shapes with random weights, under CLIP ViT-L/14-336.
 
-"1.5b" is Qwen2-1.5B (1.85 B parameters in all, bf16), "7b" LLaVA-1.5-7B (7.06 B, fp16).
+"1.5b" is Qwen2-1.5B (1.85 B parameters in all, bf16), "7b" LLaVA-1.5-7B (7.06 B, fp16), "135m" SmolLM2-135M (0.44 B).
 Written tensor by tensor, so that it takes little memory; as transformers' own save_pretrained would spell it.
 """
 
@@ -18,9 +18,9 @@ from rich.console import Console
 from vlm_models.command import run
 from vlm_models.errors import InputError
 
-VOCAB = {"1.5b": 151936, "7b": 32064}
+VOCAB = {"1.5b": 151936, "7b": 32064, "135m": 49153}
 # begin of text, begin and end of a turn, image
-SPECIAL = {"1.5b": (151643, 151644, 151645, 151646), "7b": (1, 32001, 2, 32000)}
+SPECIAL = {"1.5b": (151643, 151644, 151645, 151646), "7b": (1, 32001, 2, 32000), "135m": (0, 1, 2, 49152)}
 _SHARD = 2_000_000_000  # bytes
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
@@ -64,8 +64,8 @@ def _config(shape: str) -> Any:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=576,
-        tie_word_embeddings=shape == "1.5b",
-        dtype="bfloat16" if shape == "1.5b" else "float16",
+        tie_word_embeddings=shape != "7b",
+        dtype="float16" if shape == "7b" else "bfloat16",
     )
 
 
@@ -81,6 +81,21 @@ def _text(shape: str) -> Any:
             num_attention_heads=32,
             vocab_size=VOCAB[shape],
             max_position_embeddings=4096,
+            bos_token_id=begin,
+            eos_token_id=end,
+        )
+    if shape == "135m":
+        return LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=VOCAB[shape],
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            tie_word_embeddings=True,
             bos_token_id=begin,
             eos_token_id=end,
         )
@@ -182,10 +197,10 @@ def _processor(folder: Path, shape: str) -> None:
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="A new folder; 3.7 GB, or 14 GB for 7b.")],
+    out: Annotated[Path, typer.Argument(help="A new folder; 3.7 GB, 14 GB for 7b, 0.9 GB for 135m.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(VOCAB)}.")] = "1.5b",
 ) -> None:
-    """Write a checkpoint of a real shape with random weights: CLIP ViT-L/14-336 + MLP + Qwen2-1.5B or Llama-2-7B."""
+    """Write a checkpoint of a real shape, random weights: CLIP ViT-L/14-336, MLP, Qwen2-1.5B, Llama-2-7B or SmolLM2."""
     write(out, shape=shape)
     Console().print(str(out), highlight=False)
 
