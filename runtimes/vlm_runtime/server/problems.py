@@ -1,0 +1,66 @@
+"""Errors as OpenAI's API writes them: {"error": {message, type, param, code}} with the status that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from vlm_models.errors import ImageError, InputError, PromptError, VLMError
+
+_CODES = {ImageError: "invalid_image", PromptError: "invalid_prompt"}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class RefusedError(Exception):
+    """A request that is not answered: its HTTP status, one line why, and which field it was."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As JSON has it."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """As HTTP has it."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def refused(error: BaseException) -> RefusedError:
+    """The RefusedError that says what an error means to a client: mistakes by name, bugs without a word of their inside."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, ValidationError):
+        return _invalid(error)
+    if isinstance(error, InputError):
+        return RefusedError(400, str(error), code=_CODES.get(type(error)), param="messages")
+    if isinstance(error, VLMError):
+        return RefusedError(500, str(error))
+    return RefusedError(500, "the server made a mistake: its log says which")
+
+
+def _invalid(error: ValidationError) -> RefusedError:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(found, key=lambda one: len(one["loc"]))  # of the forms that something may have, the one that is nearest
+    places = [str(place) for place in first["loc"] if "[" not in str(place) and place not in ("str", "list")]
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
+    if first["type"] == "json_invalid":
+        return RefusedError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
+    param = ".".join(places) or None
+    if first["type"] == "extra_forbidden":
+        return RefusedError(400, f"unknown field {param!r:.200}: leave it out", param=param, code="unknown_parameter")
+    return RefusedError(400, f"{param}: {message}" if param else message, param=param)
