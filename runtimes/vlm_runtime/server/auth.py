@@ -96,7 +96,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _right(given: Sequence[str], secret: bytes) -> bool:
-    """One header, `Bearer KEY`; digests are compared, so that time tells neither the key's characters nor its length."""
+    """One header, `Bearer KEY`; digests are compared, so that time tells nothing of the key or its length."""
     scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     return hmac.compare_digest(_digest(key.strip().encode("latin-1")), secret) and scheme.lower() == "bearer"
 

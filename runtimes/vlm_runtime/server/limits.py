@@ -96,7 +96,7 @@ def limited(app: ASGIApp, limits: Limits) -> ASGIApp:
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal held
-        head = {name: value for name, value in scope["headers"]} if scope["type"] == "http" else {}
+        head = dict(scope["headers"]) if scope["type"] == "http" else {}
         if b"content-length" not in head and b"transfer-encoding" not in head:
             return await app(scope, receive, send)
         if scope["method"] == "POST" and (wrong := _type_refused(head)):
