@@ -28,7 +28,7 @@ export async function* stream(body, key, signal) {
   for await (const data of events(response.body.pipeThrough(new TextDecoderStream()))) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message, response.status);
+    if (chunk.error) throw new ApiError(sentence(chunk.error.message), response.status);
     yield chunk;
   }
   throw new ApiError("The connection ended before the answer did.");
@@ -76,5 +76,10 @@ async function send(address, options) {
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
   const message = told?.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim();
-  throw new ApiError(message, response.status, Number(response.headers.get("Retry-After")) || 0);
+  throw new ApiError(sentence(message), response.status, Number(response.headers.get("Retry-After")) || 0);
+}
+
+/** A message with a capital at its beginning, unless that is the name of a field. */
+function sentence(message) {
+  return message.replace(/^[a-z]+(?=[ ,])/, (word) => word[0].toUpperCase() + word.slice(1));
 }

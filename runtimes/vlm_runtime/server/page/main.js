@@ -42,11 +42,11 @@ async function introduce() {
 
 const PARTS = { vision_encoder: "vision", projector: "projector", language_model: "language" };
 
-function facts({ engines = {}, precision = {}, max_context: context }) {
+function facts({ engines = {}, precisions = {}, max_context: context }) {
   const known = Object.keys(PARTS).filter((part) => part in engines);
   const kinds = new Map(); // "onnx int8" → the parts that run so
   for (const part of known) {
-    const kind = [engines[part], precision[part]].filter(Boolean).join(" ");
+    const kind = [engines[part], precisions[part]].filter(Boolean).join(" ");
     kinds.set(kind, [...(kinds.get(kind) ?? []), PARTS[part]]);
   }
   const each = [...kinds].map(([kind, parts]) => (kinds.size === 1 ? kind : `${parts.join(" and ")} ${kind}`));
@@ -159,12 +159,12 @@ async function answer(turn, body, end, signal) {
       how = choice?.finish_reason ?? how;
       end.usage = chunk.usage ?? end.usage;
       end.timings = chunk.timings_ms ?? end.timings;
-      if (chunk.engines && !model.engines) facts({ ...model, engines: chunk.engines });
     }
   } finally {
     clearInterval(clock);
   }
-  return how;
+  const full = end.usage?.total_tokens >= model.max_context;
+  return how === "length" && full ? "context" : how;
 }
 
 /** Wait for `seconds`, telling each; rejects with AbortError when stopped. */

@@ -52,6 +52,7 @@ export function figure(picture, number) {
   image.src = picture.preview;
   const size = picture.width ? `, ${picture.width} × ${picture.height} pixels` : "";
   image.alt = `Picture ${number}: ${picture.name}${size}`;
+  image.classList.toggle("tiny", picture.width > 0 && picture.width <= 128);
   image.title = `${picture.name}${size}`;
   return image;
 }

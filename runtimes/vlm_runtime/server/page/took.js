@@ -28,15 +28,20 @@ export function took(timings, usage, open) {
   const summary = element("summary");
   const said = usage?.completion_tokens ?? 0;
   const speed = rate(said, timings?.decode ?? 0);
-  const parts = [];
-  if (timings?.ttft !== undefined) parts.push(`first token ${duration(timings.ttft)}`);
-  if (speed !== null) parts.push(`${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`);
-  summary.append(...(parts.length ? parts : [`${said} tokens`]).map((part) => element("span", "", part)));
+  if (timings?.ttft !== undefined) summary.append(figure(duration(timings.ttft), "first token"));
+  if (speed !== null) summary.append(figure(speed.toFixed(speed < 10 ? 1 : 0), "tokens/s"));
+  if (!summary.firstChild) summary.append(figure(said, "tokens"));
   details.append(summary);
   const stages = STAGES.filter(([name]) => timings?.[name] !== undefined);
   if (stages.length) details.append(bar(stages, timings), table(stages, timings));
   if (usage) details.append(element("p", "counts", counts(usage)));
   return details;
+}
+
+function figure(value, unit) {
+  const made = element("span", "", ` ${unit}`);
+  made.prepend(element("b", "", String(value)));
+  return made;
 }
 
 function bar(stages, timings) {
@@ -63,9 +68,9 @@ function table(stages, timings) {
 }
 
 function counts(usage) {
-  const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-  const held = cached ? `, ${cached} of them cached` : "";
-  return `${usage.prompt_tokens} tokens in${held}; ${usage.completion_tokens} out`;
+  const { image_tokens: pictures = 0, cached_tokens: cached = 0 } = usage.prompt_tokens_details ?? {};
+  const of = [pictures && `${pictures} of pictures`, cached && `${cached} cached`].filter(Boolean).join(", ");
+  return `${usage.prompt_tokens} tokens in${of && ` (${of})`}, ${usage.completion_tokens} out`;
 }
 
 /** An element with a class and a text; text is never markup. */
