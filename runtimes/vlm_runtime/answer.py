@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import numpy as np
 
 from vlm_models.errors import InputError
 from vlm_runtime.blocks import Blocks, prefill, whole_blocks
 from vlm_runtime.embedding import EmbeddingTable
-from vlm_runtime.engine import Decoder, Floats
+from vlm_runtime.engine import Decoder, Floats, Shared
 from vlm_runtime.sampling import Sampler, Sampling
 from vlm_runtime.splice import splice
 from vlm_runtime.text import Decodes, TextStream
@@ -42,9 +42,10 @@ class Answer:
     """What was said, and what it took.
 
     `token_ids` are all generated ids, the one that ended the answer included. `prompt_tokens` counts the prompt with
-    its `image_tokens`. `timings_ms`: load (of the bundle, once), preprocess, vision, projector, prefill, ttft (from
-    the call to the first token), decode (all further tokens). `finish_reason`: "stop" (end token or stop string),
-    "length" (max_new_tokens), "context" (no room left).
+    its `image_tokens`; `cached_tokens` of them lay in the KV cache already. `timings_ms`: load (of the bundle, once),
+    preprocess, vision, projector, prefill, ttft (from the call to the first token), decode (all further tokens).
+    `finish_reason`: "stop" (end token or stop string), "length" (max_new_tokens, or `Request.watch` said so),
+    "context" (no room left).
     """
 
     text: str
@@ -54,6 +55,7 @@ class Answer:
     engines: Mapping[str, str]
     timings_ms: Mapping[str, float]
     finish_reason: Literal["stop", "length", "context"]
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Request:
     """A checked prompt: expanded `ids`, what each row will be (`keys`), pictures of `image_tokens` rows in all.
 
     `blocks` are rows that see one another; `room` is how many tokens fit after it; `reuse` keeps the beginning that
-    the KV cache already holds.
+    the KV cache already holds. `watch` is given each token and the logits (V,) it was picked from, which the next step
+    overwrites; where it returns False the answer ends.
     """
 
     ids: tuple[int, ...]
@@ -89,6 +92,7 @@ class Request:
     started: float
     timings_ms: dict[str, float] = field(default_factory=dict)
     blocks: Blocks = ()
+    watch: Callable[[int, Floats], bool] | None = None
 
 
 class Context:
@@ -97,11 +101,26 @@ class Context:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._keys, self.turn = decoder, list[Key](), 0
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the cache are known."""
+        return len(self._keys)
+
+    def common(self, keys: Sequence[Key], blocks: Blocks) -> int:
+        """Length of the longest common beginning, all but one key at most."""
+        limit = min(len(self._keys), self._decoder.position, len(keys) - 1)
+        return whole_blocks(next((i for i in range(limit) if self._keys[i] != keys[i]), limit), blocks)
+
+    def another(self) -> Context | None:
+        """A further KV cache over the same weights, empty; None where the engine has one only."""
+        if not hasattr(self._decoder, "another"):
+            return None
+        return Context(cast(Shared, self._decoder).another())
+
     def begin(self, keys: Sequence[Key], reuse: bool, blocks: Blocks) -> int:
-        """A new turn: rewind to the longest common beginning (all but one key at most); its length."""
+        """A new turn: rewind to the longest common beginning; its length."""
         self.turn += 1
-        limit = min(len(self._keys), self._decoder.position, len(keys) - 1) if reuse else 0
-        common = whole_blocks(next((i for i in range(limit) if self._keys[i] != keys[i]), limit), blocks)
+        common = self.common(keys, blocks) if reuse else 0
         del self._keys[common:]
         self._decoder.rewind(common)
         return common
@@ -143,7 +162,7 @@ def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
     limit, row = min(request.max_new_tokens, request.room), np.empty(speaker.embedding.columns, np.float32)
     said, generated, pieces, ids = 0.0, list[int](), list[str](), list(request.ids)
     reason: Literal["stop", "length", "context"] = "length" if limit == request.max_new_tokens else "context"
-    logits = _prefill(speaker, request)
+    logits, cached = _prefill(speaker, request)
     turn = speaker.context.turn
     token = sampler.pick(logits, ids)
     clock = time.perf_counter()
@@ -151,6 +170,7 @@ def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
     while True:
         generated.append(token)
         ids.append(token)
+        ended = request.watch is not None and not request.watch(token, logits)
         if token in speaker.eos_token_ids:
             reason = "stop"
             break
@@ -162,6 +182,9 @@ def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
         if text.stopped:
             reason = "stop"
             break
+        if ended:
+            reason = "length"
+            break
         if len(generated) == limit:
             break
         if speaker.context.turn != turn:
@@ -169,7 +192,8 @@ def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
                 "this answer was broken off by a later one of the same model: finish one, or load it twice"
             )
         speaker.embedding.row_into(token, row)
-        token = sampler.pick(speaker.context.decode(row, token), ids)
+        logits = speaker.context.decode(row, token)
+        token = sampler.pick(logits, ids)
     times["decode"] = (said + time.perf_counter() - clock) * 1e3
     if piece := text.finish():
         pieces.append(piece)
@@ -182,6 +206,7 @@ def speak(speaker: Speaker, request: Request) -> Generator[str, None, Answer]:
         engines=dict(speaker.engines),
         timings_ms=times,
         finish_reason=reason,
+        cached_tokens=cached,
     )
 
 
@@ -200,8 +225,8 @@ def split_settings(settings: Settings) -> tuple[Sampling, tuple[str, ...], int]:
     return Sampling(**rest), stop, length  # type: ignore[arg-type]
 
 
-def _prefill(speaker: Speaker, request: Request) -> Floats:
-    """Encode the pictures whose rows are not in the KV cache, splice, prefill; the logits after the prompt."""
+def _prefill(speaker: Speaker, request: Request) -> tuple[Floats, int]:
+    """Encode the pictures whose rows are not in the KV cache, splice, prefill; logits (V,), and how much was there."""
     times = request.timings_ms
     times.update(vision=0.0, projector=0.0)
     kept = speaker.context.begin(request.keys, request.reuse, request.blocks)
@@ -216,4 +241,4 @@ def _prefill(speaker: Speaker, request: Request) -> Floats:
     embeds = splice(request.ids[kept:], rows, speaker.embedding)
     logits = speaker.context.prefill(embeds, request.keys[kept:], blocks)
     times["prefill"] = milliseconds(start)
-    return logits
+    return logits, kept

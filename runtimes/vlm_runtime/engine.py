@@ -74,6 +74,13 @@ class Decoder(Protocol):
         """Forget all rows from `position` on."""
 
 
+class Shared(Protocol):
+    """A Decoder whose weights can have several KV caches, each for a sequence of its own."""
+
+    def another(self) -> Decoder:
+        """An empty one over the same weights. Raises InputError where there is no memory for it."""
+
+
 class Engine(Protocol):
     """What a module `engines/<name>.py` offers."""
 

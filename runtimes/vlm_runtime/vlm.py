@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Literal, Unpack
 import numpy as np
 
 from vlm_models.errors import PromptError
-from vlm_runtime.answer import Answer, Context, Picture, Request, Settings, Speaker, milliseconds, speak, split_settings
+from vlm_runtime.answer import Answer, Picture, Request, Settings, Speaker, milliseconds, speak, split_settings
 from vlm_runtime.blocks import blocks_of
 from vlm_runtime.bundle import Bundle, open_bundle
 from vlm_runtime.chat import Chat, system_message
+from vlm_runtime.contexts import Contexts
 from vlm_runtime.embedding import EmbeddingTable
 from vlm_runtime.engine import Decoder, Encoder, Floats, KVCache, Options, choose_engines, find_engine
 from vlm_runtime.image import open_image
@@ -42,6 +44,7 @@ def load(
     device: Literal["cpu", "cuda"] = "cpu",
     kv_cache: KVCache | None = None,
     flash_attention: bool | None = None,
+    conversations: int = 1,
     verify: bool = True,
 ) -> VLM:
     """Open the bundle in `folder` with all its parts.
@@ -49,7 +52,8 @@ def load(
     `engine` is one name ("gguf") or one per part ("vision=onnx,language=gguf"); without it each part gets the first
     engine that the bundle holds and this machine can run. `threads`: one per physical core unless given. `max_context`
     lowers the bundle's own, which saves memory. `kv_cache` ("f32", "f16", "q8_0") and `flash_attention` are for engines
-    that have a choice (gguf). `verify=False` skips the SHA-256 of the files.
+    that have a choice (gguf). `conversations`: how many KV caches there may be, so that as many chats go on where they
+    were (onnx, gguf; other engines have one). `verify=False` skips the SHA-256 of the files.
     Raises BundleError, InputError, or DependencyError where an engine or a device is missing.
     """
     start = time.perf_counter()
@@ -64,7 +68,7 @@ def load(
         flash_attention=flash_attention,
     )
     bundle = open_bundle(folder, verify=verify)
-    vlm = VLM(bundle, choose_engines(bundle, engine), options)
+    vlm = VLM(bundle, choose_engines(bundle, engine), options, conversations)
     vlm.load_ms = milliseconds(start)
     return vlm
 
@@ -73,10 +77,12 @@ class VLM:
     """The parts of one bundle, opened: `generate`, `answer` and `chat` use them, one at a time.
 
     `vision_encoder`, `projector` and `decoder` are engines; `engines` says which, by part; `embedding` and
-    `tokenizer` are the bundle's; `max_context` is how many tokens prompt and answer may have together.
+    `tokenizer` are the bundle's; `max_context` is how many tokens prompt and answer may have together; `encoded`
+    counts the pictures that went through the vision encoder.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, str], options: Options) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, str], options: Options, conversations: int = 1) -> None:
+        """Raises BundleError, InputError or DependencyError, as `load` does."""
         self.bundle, self.spec, self.engines, self.load_ms = bundle, bundle.spec, dict(engines), 0.0
         self.tokenizer, self.embedding = Tokenizer(bundle), EmbeddingTable(bundle)
         self.vision_encoder = find_engine(engines["vision_encoder"]).encoder(bundle, "vision_encoder", options)
@@ -86,8 +92,10 @@ class VLM:
         self._newline = image_newline(bundle)
         self._alone_matters = self.spec.tiling is not None and self.spec.tiling.single
         self._rows: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pictures, by digest
+        self._rows_kept, self.encoded = max(_PICTURES_KEPT, conversations), 0
+        self._contexts = Contexts(decoder, conversations)
         self._speaker = Speaker(
-            context=Context(decoder),
+            context=self._contexts.first,
             embedding=self.embedding,
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset(self.spec.prompt.eos_token_ids),
@@ -98,7 +106,7 @@ class VLM:
     @property
     def decoder(self) -> Decoder:
         """The language model; who uses it directly ends what a chat had in its KV cache, and costs it time only."""
-        return self._speaker.context.lend()
+        return self._contexts.first.lend()
 
     def generate(
         self,
@@ -194,7 +202,8 @@ class VLM:
 
     def speak(self, request: Request) -> Generator[str, None, Answer]:
         """Yield the answer to a checked request; returns the whole."""
-        return speak(self._speaker, request)
+        context = self._contexts.take(request)
+        return (yield from speak(dataclasses.replace(self._speaker, context=context), request))
 
     def _generate(
         self, prompt: str, images: Sequence[Source], system: str | None, raw: bool, settings: Settings
@@ -225,6 +234,7 @@ class VLM:
         if picture.digest in self._rows:
             self._rows.move_to_end(picture.digest)
             return self._rows[picture.digest]
+        self.encoded += 1
         start = time.perf_counter()
         features = _in_turns(self.vision_encoder, picture.pixels)
         times["vision"] += milliseconds(start)
@@ -232,7 +242,7 @@ class VLM:
         rows = pack(_in_turns(self.projector, features), self.spec, picture.layout, self._newline)
         times["projector"] += milliseconds(start)
         self._rows[picture.digest] = rows
-        if len(self._rows) > _PICTURES_KEPT:
+        if len(self._rows) > self._rows_kept:
             self._rows.popitem(last=False)
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 from collections.abc import Mapping
@@ -110,9 +111,23 @@ class GgufDecoder:
         params.type_k = params.type_v = GGML_TYPES[kv_cache]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.swa_full, params.offload_kqv, params.op_offload = True, gpu, gpu
-        self._native = _Native(self._lib, llama.load_model(path, gpu=gpu))
-        self._check(path, hidden_size, vocab_size)
-        self._native.open(params, chunk, hidden_size, f"{max_context} positions of {kv_cache} KV cache")
+        self._params, self._cache = params, f"{max_context} positions of {kv_cache} KV cache"
+        self._vocab_size, self._hidden_size = vocab_size, hidden_size
+        self._weights = _Weights(self._lib, llama.load_model(path, gpu=gpu))
+        self._check(path)
+        self._open()
+
+    def another(self) -> GgufDecoder:
+        """An empty llama.cpp context of its own over the same weights. Raises InputError where memory ends."""
+        made = copy.copy(self)
+        made.position = 0
+        made._open()
+        return made
+
+    def _open(self) -> None:
+        chunk, hidden_size = self._params.n_batch, self._hidden_size
+        self._native = _Native(self._weights)
+        self._native.open(self._params, chunk, hidden_size, self._cache)
         self._ctx, self._batch = self._native.ctx, self._native.batch
         self._memory = self._lib.llama_get_memory(self._ctx)
         self._rows: Floats = np.ctypeslib.as_array(self._batch.embd, (chunk, hidden_size))
@@ -120,7 +135,7 @@ class GgufDecoder:
         self._positions = np.ctypeslib.as_array(self._batch.pos, (chunk,))
         self._wanted = np.ctypeslib.as_array(self._batch.logits, (chunk,))
         self._steps = np.arange(chunk, dtype=np.int32)
-        self._vocab_size, self._address = vocab_size, 0
+        self._address = 0
         self._logits: Floats = np.empty(0, np.float32)
 
     def prefill(self, embeds: Floats) -> Floats:
@@ -164,7 +179,7 @@ class GgufDecoder:
         """Forget all rows from `position` on."""
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to {position}: {self.position} rows are in the cache")
-        if position < self.position and not self._lib.llama_memory_seq_rm(self._memory, 0, position, -1):
+        if not self._lib.llama_memory_seq_rm(self._memory, 0, position, -1):
             raise RuntimeError(f"llama.cpp cannot forget rows from {position} on")  # recurrent models only
         self.position = position
 
@@ -192,10 +207,10 @@ class GgufDecoder:
             self._address, self._logits = address, np.frombuffer(buffer, np.float32)
         return self._logits
 
-    def _check(self, path: Path, hidden_size: int, vocab_size: int) -> None:
-        model = self._native.model
+    def _check(self, path: Path) -> None:
+        model = self._weights.model
         vocab = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model))
-        found, wanted = (self._lib.llama_model_n_embd_inp(model), vocab), (hidden_size, vocab_size)
+        found, wanted = (self._lib.llama_model_n_embd_inp(model), vocab), (self._hidden_size, self._vocab_size)
         if found != wanted:
             raise BundleError(
                 f"{path.name} takes rows of {found[0]} and has {found[1]} tokens, its bundle says "
@@ -210,18 +225,29 @@ class GgufDecoder:
             )
 
 
-class _Native:
-    """What llama.cpp allocated, freed with the last object that refers to it."""
+class _Weights:
+    """A model that llama.cpp loaded, freed with the last context over it."""
 
     def __init__(self, lib: Any, model: int) -> None:
-        self._lib, self.model, self._pid = lib, model, os.getpid()
+        self.lib, self.model, self._pid = lib, model, os.getpid()
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():  # a forked child has the pointers, but neither threads nor device
+            self.lib.llama_model_free(self.model)
+
+
+class _Native:
+    """A llama.cpp context and its batch, freed with the last object that refers to them."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights, self._lib, self._pid = weights, weights.lib, os.getpid()
         self.ctx: int | None = None
         self.batch: Any = None
 
     def open(self, params: Any, chunk: int, hidden_size: int, what: str) -> None:
         """A context and a batch of `chunk` embedding rows, all of sequence 0."""
         llama.forget_messages()
-        self.ctx = self._lib.llama_init_from_model(self.model, params)
+        self.ctx = self._lib.llama_init_from_model(self._weights.model, params)
         if not self.ctx:
             raise InputError(f"llama.cpp cannot make {what} ({llama.last_error()}): ask for less, or --kv-cache f16")
         self.batch = self._lib.llama_batch_init(chunk, hidden_size, 1)
@@ -229,10 +255,9 @@ class _Native:
             self.batch.n_seq_id[row], self.batch.seq_id[row][0] = 1, 0
 
     def __del__(self) -> None:
-        if self._pid != os.getpid():  # a forked child has the pointers, but neither threads nor device
+        if self._pid != os.getpid():  # as above
             return
         if self.batch is not None:
             self._lib.llama_batch_free(self.batch)
         if self.ctx:
             self._lib.llama_free(self.ctx)
-        self._lib.llama_model_free(self.model)

@@ -77,7 +77,7 @@ class OnnxDecoder:
         prefill_chunk: int,
     ) -> None:
         self.max_context, self.position = max_context, 0
-        self._session, self._chunk = session, prefill_chunk
+        self._session, self._chunk, self._cache = session, prefill_chunk, cache
         # On a device ONNX Runtime copies inputs when they are bound, so there each step binds them anew.
         self._aliased = session.get_providers()[0] == PROVIDERS["cpu"]
         if self._aliased:
@@ -93,6 +93,17 @@ class OnnxDecoder:
         self._keys_and_values = _cache(session, cache, max_context)
         self._prefill, self._decode = self._binding(), self._binding()
         self._decode.bind_ortvalue_input("inputs_embeds", _value(self._embed))
+
+    def another(self) -> OnnxDecoder:
+        """An empty KV cache of its own over the same session."""
+        return OnnxDecoder(
+            self._session,
+            hidden_size=self._embed.shape[2],
+            vocab_size=self._logits.shape[2],
+            cache=self._cache,
+            max_context=self.max_context,
+            prefill_chunk=self._chunk,
+        )
 
     def prefill(self, embeds: Floats) -> Floats:
         """Append rows (S, H) in chunks of one length, as far as that goes; the logits (V,) after the last one."""
