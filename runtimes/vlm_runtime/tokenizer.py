@@ -48,6 +48,10 @@ class Tokenizer:
         except Exception as error:  # a lone surrogate: UnicodeEncodeError or TypeError, by version
             raise PromptError(f"the prompt cannot be tokenized ({_line(error)}): is it valid UTF-8?") from None
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary has it, bytes and spaces as it writes them; "" where there is none."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; U+FFFD stands for bytes that are not (yet) a character."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -4,46 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from vlm_models.errors import VLMError
 from vlm_runtime.answer import Answer
+from vlm_runtime.server import page
 from vlm_runtime.server.auth import Access, guarded
-from vlm_runtime.server.conversation import Preparation, from_data_url
+from vlm_runtime.server.conversation import Preparation
+from vlm_runtime.server.images import image_policy
 from vlm_runtime.server.limits import limited
+from vlm_runtime.server.logprobs import Scored, TokenTexts
+from vlm_runtime.server.metrics import CONTENT_TYPE, Metrics
+from vlm_runtime.server.openapi import describe, responses
 from vlm_runtime.server.options import ServerOptions
 from vlm_runtime.server.problems import RefusedError, refused
-from vlm_runtime.server.schema import ChatRequest
+from vlm_runtime.server.replies import Reply, event
+from vlm_runtime.server.schema import ChatRequest, Completion, Health, Models, Served
+from vlm_runtime.server.stream import EventStream, unless_left
 from vlm_runtime.server.worker import Event, Worker
 
 if TYPE_CHECKING:
     from vlm_runtime.vlm import VLM
 
+_log = logging.getLogger("vlm_runtime.server")
+_OUTCOMES = {429: "queue_full"}
+
 
 def make_app(vlm: VLM, options: ServerOptions) -> FastAPI:
-    """The application; `app.state.worker` runs the model from the start of the app's lifespan to its end.
+    """The application: OpenAI's routes, /health, /metrics and the chat page.
 
-    Raises InputError for options that cannot be.
+    `app.state.worker` runs the model in a thread of its own, which ends with the app's lifespan. Raises InputError for
+    options that cannot be.
     """
-    name, limits = options.model_name or vlm.spec.name, options.limits
     access = Access(options.api_key, options.origins, options.loopback)
-    worker = Worker(vlm, places=options.queue, seconds=limits.seconds)
-    preparation = Preparation(vlm, limits, from_data_url)
+    metrics = Metrics()
+    worker = Worker(vlm, metrics, places=options.queue, seconds=options.limits.seconds)
+    chats = _Chats(vlm, options, worker, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(worker.close)
 
-    app = FastAPI(title="vlm-serve", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="vlm-serve", docs_url=None, redoc_url=None, lifespan=lifespan, routes=page.routes())
     app.state.worker = worker
-    app.add_middleware(limited, limits=limits)
+    app.add_middleware(limited, limits=options.limits)
     app.add_middleware(guarded, access=access)
 
     @app.exception_handler(Exception)
@@ -55,92 +68,114 @@ def make_app(vlm: VLM, options: ServerOptions) -> FastAPI:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return RefusedError(error.status_code, message, headers=error.headers).response()
 
-    @app.get("/health")
+    @app.get("/health", response_model=Health, responses=responses(open_to_all=True))
     async def health() -> Response:
-        status = "draining" if worker.draining else "ok"
-        content = {"status": status, "api_key": options.api_key is not None}
-        return JSONResponse(content, 503 if worker.draining else 200)
+        return JSONResponse({"status": "ok", "api_key": options.api_key is not None})
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_served(vlm, name)]}
+    @app.get("/metrics", response_class=Response, responses=responses(text=CONTENT_TYPE))
+    async def prometheus() -> Response:
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    @app.post("/v1/chat/completions")
+    @app.get("/v1/models", response_model=Models, responses=responses())
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_served(vlm, options, chats.name)]})
+
+    @app.post("/v1/chat/completions", response_model=Completion, responses=responses(chat=True))
     async def chat(request: Request) -> Response:
-        started = time.perf_counter()
-        try:
-            asked = await preparation.parse(await request.body())
-            if asked.model not in (None, name):
-                message = f"there is no model {asked.model!r:.100}: this server has {name!r}"
-                raise RefusedError(404, message, param="model", code="model_not_found")
-            events = worker.answers(lambda: preparation.request(asked, started))
-            return await _unless_left(request, _whole(events, asked, vlm, name))
-        except Exception as error:
-            problem = refused(error)
-            if problem.status == 500:
-                raise
-            return problem.response()
+        """Answer a conversation, whole or with `stream` as server-sent events of Chunks."""
+        return await chats.respond(request)
 
+    describe(app, chats.name, key=options.api_key is not None)
     return app
 
 
-def _served(vlm: VLM, name: str) -> dict[str, Any]:
-    manifest = vlm.bundle.manifest
-    return {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "vlm-serve",
-        "engines": vlm.engines,
-        "precisions": {part: manifest.parts[part][engine].precision for part, engine in vlm.engines.items()},
-        "max_context": vlm.max_context,
-        "conversations": 1,
-    }
+class _Chats:
+    """Requests to /v1/chat/completions."""
+
+    def __init__(self, vlm: VLM, options: ServerOptions, worker: Worker, metrics: Metrics) -> None:
+        self.name = options.model_name or vlm.spec.name
+        self._fingerprint, self._texts = f"fp_{vlm.spec.fingerprint[:12]}", TokenTexts(vlm.tokenizer)
+        self._worker, self._metrics = worker, metrics
+        self._preparation = Preparation(vlm, image_policy(options.image_hosts, options.limits))
+
+    async def respond(self, request: Request) -> Response:
+        """The answer, or why there is none."""
+        started = time.perf_counter()
+        try:
+            asked = await self._preparation.parse(await request.body())
+            if asked.model not in (None, self.name):
+                message = f"there is no model {asked.model!r:.100}: this server has {self.name!r}"
+                raise RefusedError(404, message, param="model", code="model_not_found")
+            return await self._answered(request, asked, started)
+        except Exception as error:
+            return self._refused(error).response()
+
+    async def _answered(self, request: Request, asked: ChatRequest, started: float) -> Response:
+        scores, options = bool(asked.logprobs), asked.stream_options
+        usage = options is not None and bool(options.include_usage)
+        reply = Reply(self.name, self._fingerprint, self._texts, scores, usage)
+        best = (asked.top_logprobs or 0) if scores else None
+        events = self._worker.answers(lambda: self._preparation.request(asked, started), best)
+        if asked.stream:
+            first = await unless_left(request.receive, anext(events))
+            if first is not None:
+                return EventStream(self._lines(reply, first, events), events)
+        else:
+            whole = await unless_left(request.receive, _collected(events))
+            if whole is not None:
+                self._metrics.ended("answered")
+                return JSONResponse(reply.whole(*whole))
+        self._metrics.ended("left")
+        return Response(status_code=499)  # nobody reads it
+
+    async def _lines(
+        self, reply: Reply, first: Event, rest: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[bytes, None]:
+        outcome = "left"
+        try:
+            yield reply.first()
+            now = first
+            while not isinstance(now, Answer):
+                yield reply.piece(now.text, now.scored)
+                now = await anext(rest)
+            outcome = "answered"
+            yield reply.last(now)
+        except Exception as error:
+            outcome = ""
+            yield event(self._refused(error).body)
+        finally:
+            await rest.aclose()
+            if outcome:
+                self._metrics.ended(outcome)
+
+    def _refused(self, error: Exception) -> RefusedError:
+        """What the client is told; a bug goes into the log."""
+        problem = refused(error)
+        if problem.status == 500 and not isinstance(error, VLMError):
+            _log.error("an answer failed", exc_info=error)
+        self._metrics.ended(_OUTCOMES.get(problem.status, "failed" if problem.status >= 500 else "refused"))
+        return problem
 
 
-async def _whole(events: AsyncGenerator[Event, None], asked: ChatRequest, vlm: VLM, name: str) -> Response:
+async def _collected(events: AsyncGenerator[Event, None]) -> tuple[Answer, list[Scored]]:
+    scored: list[Scored] = []
     async with contextlib.aclosing(events):
-        async for event in events:
-            if isinstance(event, Answer):
-                answer = event
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answer.text},
-        "logprobs": None,
-        "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
-    }
-    return JSONResponse(
-        {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": name,
-            "system_fingerprint": vlm.spec.fingerprint[:16],
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": len(answer.token_ids),
-                "total_tokens": answer.prompt_tokens + len(answer.token_ids),
-                "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": answer.image_tokens},
-            },
-            "timings_ms": {stage: round(spent, 3) for stage, spent in answer.timings_ms.items() if stage != "load"},
-            "engines": dict(answer.engines),
-        }
+        async for now in events:
+            if isinstance(now, Answer):
+                return now, scored
+            scored += now.scored
+    raise AssertionError("an answer ends with the whole")
+
+
+def _served(vlm: VLM, options: ServerOptions, name: str) -> dict[str, object]:
+    manifest = vlm.bundle.manifest
+    served = Served(
+        id=name,
+        object="model",
+        created=int(datetime.fromisoformat(manifest.created).timestamp()),
+        owned_by="vlm-serve",
+        engines=vlm.engines,
+        precisions={part: manifest.parts[part][engine].precision for part, engine in vlm.engines.items()},
+        max_context=vlm.max_context,
     )
-
-
-async def _unless_left(request: Request, made: Any) -> Response:
-    """The response, or none where the client left before it was made: then what makes it is cancelled."""
-    making, leaving = asyncio.ensure_future(made), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({making, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await making if making.done() else Response(status_code=499)
-    finally:
-        for task in (making, leaving):
-            task.cancel()
-        await asyncio.gather(making, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    return served.model_dump()

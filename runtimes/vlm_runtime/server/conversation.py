@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from vlm_models.errors import ImageError
 from vlm_runtime.answer import Picture, Request, Settings, milliseconds
 from vlm_runtime.prompt import render
+from vlm_runtime.server.images import ImagePolicy, fetch_image
 from vlm_runtime.server.limits import Limits, check_conversation
-from vlm_runtime.server.problems import RefusedError
 from vlm_runtime.server.schema import ChatRequest, ImagePart
 
 if TYPE_CHECKING:
     from vlm_runtime.vlm import VLM
 
-Fetch = Callable[[str], Awaitable[bytes]]
 _ROLES = {"developer": "system"}
 _PICTURES_KEPT = 16
 _AT_ONCE = 2  # conversations prepared in threads beside the engine's; pictures take memory while they are decoded
@@ -31,8 +28,8 @@ _AT_ONCE = 2  # conversations prepared in threads beside the engine's; pictures 
 class Preparation:
     """Makes requests of one VLM; keeps the last pictures as preprocessed, by the bytes they came in."""
 
-    def __init__(self, vlm: VLM, limits: Limits, fetch: Fetch) -> None:
-        self._vlm, self._limits, self._fetch = vlm, limits, fetch
+    def __init__(self, vlm: VLM, policy: ImagePolicy) -> None:
+        self._vlm, self._policy, self._limits = vlm, policy, policy.limits
         self._threads = anyio.CapacityLimiter(_AT_ONCE)
         self._pictures: OrderedDict[tuple[bytes, int], Picture] = OrderedDict()
         self._lock = threading.Lock()
@@ -44,7 +41,7 @@ class Preparation:
     async def request(self, asked: ChatRequest, started: float) -> Request:
         """A checked request; `started` is when the client's came. Raises ImageError, PromptError or InputError."""
         addresses = [part.image_url.url for message in asked.messages for part in _pictures(message.content)]
-        files = [await self._fetch(address) for address in addresses]
+        files = [await fetch_image(address, self._policy) for address in addresses]
         return await anyio.to_thread.run_sync(self._request, asked, files, started, limiter=self._threads)
 
     def _parse(self, body: bytes) -> ChatRequest:
@@ -98,17 +95,6 @@ def settings_of(asked: ChatRequest, limits: Limits) -> Settings:
     if asked.seed is not None:
         settings["seed"] = asked.seed % 2**64
     return settings
-
-
-async def from_data_url(url: str) -> bytes:
-    """The bytes in a data URL."""
-    head, _, data = url.partition(",")
-    if not head.startswith("data:") or not head.endswith(";base64"):
-        raise RefusedError(400, "a picture must be a data URL: data:image/png;base64,…", param="messages")
-    try:
-        return base64.b64decode(data, validate=True)
-    except ValueError:
-        raise ImageError("the data URL of a picture is not base64") from None
 
 
 def _pictures(content: Any) -> list[ImagePart]:

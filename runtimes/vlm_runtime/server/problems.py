@@ -41,7 +41,7 @@ class RefusedError(Exception):
 
 
 def refused(error: BaseException) -> RefusedError:
-    """The RefusedError that says what an error means to a client: mistakes by name, bugs without a word of their inside."""
+    """What an error means to a client: mistakes are named, of bugs nothing is told."""
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, ValidationError):

@@ -183,7 +183,7 @@ class Choice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer; ours are `engines` and `timings_ms`: queue, preprocess, vision, projector, prefill, ttft, decode."""
+    """A whole answer; ours: `engines`, and `timings_ms` of queue, preprocess, vision, projector, prefill, ttft, decode."""
 
     id: str
     object: Literal["chat.completion"]
@@ -236,7 +236,6 @@ class Served(BaseModel):
     engines: dict[str, str]
     precisions: dict[str, str]
     max_context: int
-    conversations: int
 
 
 class Models(BaseModel):
@@ -247,9 +246,9 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    """`api_key`: whether /v1 wants one. Status 503 and "draining" while the server ends."""
+    """The server is up; `api_key`: whether it wants one."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok"]
     api_key: bool
 
 

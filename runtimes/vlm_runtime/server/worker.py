@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import threading
 import time
@@ -13,50 +14,59 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlm_runtime.answer import Answer, Request
+from vlm_runtime.server.logprobs import Scored, score
 from vlm_runtime.server.problems import RefusedError
 
 if TYPE_CHECKING:
     from vlm_runtime.engine import Floats
+    from vlm_runtime.server.metrics import Metrics
     from vlm_runtime.vlm import VLM
 
-Watch = Callable[[int, "Floats"], None]
+_USUAL_SECONDS = 1.0  # what an answer is taken to need before there was one
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of an answer, as soon as it is certain."""
+    """Text of an answer as soon as it is certain, and its tokens where they are scored."""
 
     text: str
+    scored: tuple[Scored, ...] = ()
 
 
 Event = Piece | Answer
 
 
 class Worker:
-    """Answers one request at a time, the first come first.
+    """Answers one request at a time, the first come first; `places` may wait.
 
-    `places` may wait. An answer that takes longer than `seconds` ends there. `close` ends the thread.
+    An answer that takes longer than `seconds` ends there. `close` ends the thread.
     """
 
-    def __init__(self, vlm: VLM, *, places: int, seconds: float) -> None:
-        self._vlm, self._places, self._seconds = vlm, places, seconds
+    def __init__(self, vlm: VLM, metrics: Metrics, *, places: int, seconds: float) -> None:
+        self._vlm, self._metrics, self._places, self._seconds = vlm, metrics, places, seconds
         self._line: deque[_Job] = deque()
         self._changed = threading.Condition()
-        self._entered, self._usual, self.draining, self._closed = 0, 1.0, False, False
+        self._entered, self._usual = 0, _USUAL_SECONDS
+        self._running, self._draining, self._closed = False, False, False
         self._thread = threading.Thread(target=self._work, name="vlm-engine", daemon=True)
         self._thread.start()
+        metrics.show(lambda: self._entered - self._running, lambda: self._running)
 
-    async def answers(self, prepare: Callable[[], Awaitable[Request]]) -> AsyncGenerator[Event, None]:
+    async def answers(
+        self, prepare: Callable[[], Awaitable[Request]], best: int | None = None
+    ) -> AsyncGenerator[Event, None]:
         """The pieces of one answer, and the whole at last; to close it takes it out of the line or ends it.
 
-        `prepare` is called when there is room. Raises RefusedError (429 the line is full, 503 the server ends), what
-        `prepare` raises, and what the model does.
+        `prepare` is called when there is a place. `best`: score each token and so many best ones beside it. Raises
+        RefusedError (429 the line is full, 503 the server ends), what `prepare` raises, and what the model does.
         """
         self._enter()
         job = None
         try:
-            job = _Job(await prepare(), asyncio.get_running_loop())
+            job = _Job(await prepare(), best, asyncio.get_running_loop())
             with self._changed:
+                if self._draining:
+                    raise _ending()
                 self._line.append(job)
                 self._changed.notify()
             while True:
@@ -72,7 +82,7 @@ class Worker:
     def drain(self) -> None:
         """Take no one in any more; who waits is sent away, the answer that runs goes on."""
         with self._changed:
-            self.draining = True
+            self._draining = True
             waiting = list(self._line)
             self._line.clear()
         for job in waiting:
@@ -88,13 +98,13 @@ class Worker:
 
     def _enter(self) -> None:
         with self._changed:
-            if self.draining:
+            if self._draining:
                 raise _ending()
-            if self._entered > self._places:  # one is answered
+            if self._entered > self._places:  # the one that is answered does not wait
                 wait = min(max(math.ceil(self._usual * self._entered), 1), 60)
                 raise RefusedError(
                     429,
-                    f"{self._entered} requests are waiting already: try again in {wait} s",
+                    f"the queue of {self._places} requests is full: try again in {wait} s",
                     code="queue_full",
                     headers={"Retry-After": str(wait)},
                 )
@@ -115,29 +125,48 @@ class Worker:
                 if self._closed:
                     return
                 job = self._line.popleft()
+                self._running = True
             start = time.perf_counter()
             try:
                 self._say(job)
             except BaseException as error:  # whatever it was, it is told to the one who asked
                 job.tell(error)
             self._usual += 0.2 * (time.perf_counter() - start - self._usual)
+            self._running = False
 
     def _say(self, job: _Job) -> None:
-        pieces, begun = self._vlm.speak(job.request), time.perf_counter()
+        begun, encoded = time.perf_counter(), self._vlm.encoded
         job.request.timings_ms["queue"] = (begun - job.entered) * 1e3
-        while not job.left and not self._closed:
+        eos, until, scored = self._vlm.spec.prompt.eos_token_ids, begun + self._seconds, list[Scored]()
+
+        def watch(token: int, logits: Floats) -> bool:
+            if job.best is not None and token not in eos:
+                scored.append(score(token, logits, job.best))
+            return not (job.left or self._closed) and time.perf_counter() < until
+
+        pieces = self._vlm.speak(dataclasses.replace(job.request, watch=watch))
+        while True:
             try:
-                job.tell(Piece(next(pieces)))
+                text = next(pieces)
             except StopIteration as stop:
-                return job.tell(stop.value)
-        return pieces.close()
+                answer = stop.value
+                break
+            job.tell(Piece(text, tuple(scored)))
+            scored.clear()
+        if self._closed:
+            raise _ending()
+        if not job.left:
+            self._metrics.answered(job.request, answer, self._vlm.encoded - encoded)
+        if scored:
+            job.tell(Piece("", tuple(scored)))
+        job.tell(answer)
 
 
 class _Job:
     """A request in the line; its events are put in by the engine's thread and taken out in the loop's."""
 
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self.request, self.entered, self.left = request, time.perf_counter(), False
+    def __init__(self, request: Request, best: int | None, loop: asyncio.AbstractEventLoop) -> None:
+        self.request, self.best, self.entered, self.left = request, best, time.perf_counter(), False
         self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._loop = loop
 
