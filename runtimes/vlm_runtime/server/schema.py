@@ -183,7 +183,10 @@ class Choice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer; ours: `engines`, and `timings_ms` of queue, preprocess, vision, projector, prefill, ttft, decode."""
+    """A whole answer; `engines` and `timings_ms` are ours: queue, preprocess, vision, projector, prefill, ttft, decode.
+
+    In milliseconds; `ttft` is from the request to the first token, `decode` all further ones.
+    """
 
     id: str
     object: Literal["chat.completion"]
