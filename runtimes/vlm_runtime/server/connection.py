@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from http import HTTPStatus
-from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -33,8 +32,8 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
                 self._timer = self.loop.call_later(limits.header_seconds, self._no_head)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._timer = _cancelled(self._timer)
-            self._stalled = _cancelled(self._stalled)
+            self._timer = _stop(self._timer)
+            self._stalled = _stop(self._stalled)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -61,20 +60,20 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
             self._stalled = self._stalled or self.loop.call_later(limits.stall_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._stalled = _cancelled(self._stalled)
+            self._stalled = _stop(self._stalled)
             super().resume_writing()
 
         def _watch(self) -> None:
             """The timer of what the client owes now: the rest of a head, or of a body that was answered already."""
             answered = self.cycle is not None and self.cycle.response_complete
             if self.transport.is_closing():
-                self._timer = _cancelled(self._timer)
+                self._timer = _stop(self._timer)
             elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
                 self._timer = self._timer or self.loop.call_later(limits.header_seconds, self._no_head)
             elif self.conn.their_state is h11.SEND_BODY and answered:
                 self._timer = self._timer or self.loop.call_later(_LINGER_SECONDS, self.transport.close)
             elif self.conn.their_state is not h11.IDLE or self.cycle is not None:
-                self._timer = _cancelled(self._timer)
+                self._timer = _stop(self._timer)
 
         def _no_head(self) -> None:
             silent = not self.conn.trailing_data[0]
@@ -95,6 +94,8 @@ def _response(status: int, message: str) -> bytes:
     return head.encode("ascii") + b"content-length: %d\r\n\r\n" % len(content) + content
 
 
-def _cancelled(timer: Any) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """No timer, in its place."""
     if timer is not None:
         timer.cancel()
+    return None

@@ -123,8 +123,8 @@ async def _ask(place: Place, policy: ImagePolicy) -> bytes | str:
         head = [("Host", place.authority), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
         head += [("User-Agent", "vlm-serve"), ("Connection", "close")]
         request = h11.Request(method="GET", target=place.target, headers=head)
-        for event in (request, h11.EndOfMessage()):
-            writer.write(connection.send(event) or b"")
+        writer.write(connection.send(request) or b"")
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
         await writer.drain()
         content = bytearray()
         while True:
@@ -192,7 +192,7 @@ def _reason(error: Exception) -> str:
         return "TLS failed"
     if isinstance(error, socket.gaierror):
         return "its name has no address"
-    return "it does not speak HTTP/1.1" if isinstance(error, h11.ProtocolError) else "no connection"
+    return "its answer is broken or cut off" if isinstance(error, h11.ProtocolError) else "no connection"
 
 
 def _short(text: str) -> str:

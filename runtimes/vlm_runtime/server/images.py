@@ -61,11 +61,9 @@ def parse_host(text: str) -> Host:
         if found is None:
             raise ValueError
         name, port = found["name"].strip("[]").removesuffix("."), int(found["port"] or 0) or None
-        given = found["address"] or (name if _is_address(name) else None)
-        address = ipaddress.ip_address(given.strip("[]")) if given else None
-        if (address is None or found["address"]) and not _NAME.fullmatch(name):
-            raise ValueError
-        if port is not None and port > 65535:
+        given, itself = found["address"], _is_address(name)
+        address = ipaddress.ip_address((given or name).strip("[]")) if given or itself else None
+        if (given if itself else not _NAME.fullmatch(name)) or (port or 0) > 65535:
             raise ValueError
     except ValueError:
         example = "cdn.example.com, cdn.example.com:8443, 10.0.0.5 or pictures.lan=10.0.0.5"
