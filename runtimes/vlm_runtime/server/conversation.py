@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
+from pydantic import ValidationError
 
 from vlm_runtime.answer import Picture, Request, Settings, milliseconds
 from vlm_runtime.prompt import render
 from vlm_runtime.server.images import ImagePolicy, fetch_image
 from vlm_runtime.server.limits import Limits, check_conversation
+from vlm_runtime.server.problems import invalid
 from vlm_runtime.server.schema import ChatRequest, ImagePart
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Preparation:
         self._lock = threading.Lock()
 
     async def parse(self, body: bytes) -> ChatRequest:
-        """What the client asks. Raises pydantic's ValidationError, InputError for a conversation over the limits."""
+        """What the client asks. Raises RefusedError (400), InputError for a conversation over the limits."""
         return await anyio.to_thread.run_sync(self._parse, body, limiter=self._threads)
 
     async def request(self, asked: ChatRequest, started: float) -> Request:
@@ -45,7 +47,10 @@ class Preparation:
         return await anyio.to_thread.run_sync(self._request, asked, files, started, limiter=self._threads)
 
     def _parse(self, body: bytes) -> ChatRequest:
-        asked = ChatRequest.model_validate_json(body)
+        try:
+            asked = ChatRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise invalid(error, body) from None
         images = sum(len(_pictures(message.content)) for message in asked.messages)
         check_conversation(self._limits, images, sum(_characters(message.content) for message in asked.messages))
         return asked

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from vlm_models.errors import ImageError, InputError, PromptError, VLMError
 
@@ -44,8 +45,6 @@ def refused(error: BaseException) -> RefusedError:
     """What an error means to a client: mistakes are named, of bugs nothing is told."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, ValidationError):
-        return _invalid(error)
     if isinstance(error, InputError):
         return RefusedError(400, str(error), code=_CODES.get(type(error)), param="messages")
     if isinstance(error, VLMError):
@@ -53,14 +52,26 @@ def refused(error: BaseException) -> RefusedError:
     return RefusedError(500, "the server made a mistake: its log says which")
 
 
-def _invalid(error: ValidationError) -> RefusedError:
+def invalid(error: ValidationError, body: bytes) -> RefusedError:
+    """What is wrong with a body that is no JSON, or none of the schema: the nearest miss, where a value has forms."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = max(found, key=lambda one: len(one["loc"]))  # of the forms that something may have, the one that is nearest
-    places = [str(place) for place in first["loc"] if "[" not in str(place) and place not in ("str", "list")]
+    first = max(found, key=lambda one: len(one["loc"]))
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
     if first["type"] == "json_invalid":
         return RefusedError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
-    param = ".".join(places) or None
+    param = _place(first["loc"], from_json(body), absent=first["type"] == "missing")
     if first["type"] == "extra_forbidden":
-        return RefusedError(400, f"unknown field {param!r:.200}: leave it out", param=param, code="unknown_parameter")
+        return RefusedError(400, f"unknown field {param!r}: leave it out", param=param, code="unknown_parameter")
     return RefusedError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def _place(steps: Sequence[int | str], value: Any, *, absent: bool) -> str | None:
+    """Where in the body: pydantic's path without the names of the forms that it tried."""
+    place = []
+    for step in steps:
+        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            value = value[step]  # type: ignore[index]
+            place.append(str(step))
+    if absent:
+        place.append(str(steps[-1]))
+    return ".".join(place)[:200] or None
