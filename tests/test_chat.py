@@ -10,7 +10,7 @@ import pytest
 
 from answering import Counted, from_scratch, load_counted, painted
 from running import IMAGE_TOKENS, running_bundle, running_spec, tokenizer
-from vlm_models.errors import ImageError, PromptError
+from vlm_models.errors import ImageError, InputError, PromptError
 from vlm_runtime.vlm import VLM, load
 
 
@@ -133,3 +133,33 @@ def test_reset_forgets_all_but_the_system_message(vlm: VLM) -> None:
     assert chat.last is not None
     assert fresh.last is not None
     assert chat.last.token_ids == fresh.last.token_ids
+
+
+def test_a_question_asked_again_is_answered_as_if_the_first_answer_had_not_been(vlm: VLM) -> None:
+    chat, fresh = vlm.chat(), vlm.chat()
+    with pytest.raises(InputError, match="no question to ask again"):
+        chat.retry()
+    one = "".join(chat.ask("hi", [painted(0)], max_new_tokens=3))
+    assert "".join(chat.retry(max_new_tokens=3)) == one
+    drawn = "".join(chat.retry(max_new_tokens=3, temperature=1e6, seed=1))
+    assert drawn == "".join(fresh.ask("hi", [painted(0)], max_new_tokens=3, temperature=1e6, seed=1)) != one
+    for each in (chat, fresh):
+        list(each.ask("It", max_new_tokens=4))
+    assert chat.last is not None
+    assert fresh.last is not None
+    assert (chat.last.token_ids, chat.last.image_tokens) == (fresh.last.token_ids, IMAGE_TOKENS)
+    chat.reset()
+    with pytest.raises(InputError):
+        chat.retry()
+
+
+def test_a_question_that_failed_before_a_word_can_be_asked_again(counted: tuple[VLM, Counted, Counted]) -> None:
+    vlm, _, decoder = counted
+    chat = vlm.chat()
+    decoder.fail_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.ask("hi", [painted(0)], max_new_tokens=4, stop=["never seen"]))
+    decoder.fail_at = -1
+    list(chat.retry(max_new_tokens=4))
+    assert chat.last is not None
+    assert list(chat.last.token_ids) == from_scratch(vlm, "<|user|><image>\nhi</s>\n<|assistant|>", [painted(0)], 4)

@@ -152,6 +152,30 @@ def test_rewinding_forgets_what_came_after(bundle: Bundle, rows: np.ndarray) -> 
         decoder.rewind(16)
 
 
+def test_an_interrupted_prompt_leaves_nothing_behind(bundle: Bundle, rows: np.ndarray) -> None:
+    """Ctrl-C comes when llama.cpp returns: its cache has the rows then, and nobody has counted them."""
+
+    class Interrupted:
+        def __init__(self, of: Any) -> None:
+            self.of = of
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.of, name)
+
+        def llama_decode(self, *arguments: Any) -> int:
+            self.of.llama_decode(*arguments)
+            raise KeyboardInterrupt
+
+    decoder = engine.decoder(bundle, Options(threads=1))
+    decoder.prefill(rows[:10])
+    decoder._lib = Interrupted(decoder._lib)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.prefill(rows[20:30])
+    decoder._lib = decoder._lib.of
+    decoder.rewind(10)
+    assert relative(decoder.prefill(rows[10:20]), plain_logits(rows[:20], VOCAB)[-1]) < 1e-5
+
+
 def test_rewinding_brings_back_rows_that_slid_out_of_a_window(tmp_path: Path) -> None:
     """Of 400 rows a cache for windows of 8 alone would have kept the last 256."""
     path = language_gguf(tmp_path / "gemma3.gguf", SPEC, arch="gemma3")

@@ -190,6 +190,41 @@ def test_pictures_of_the_command_line_go_with_the_first_question(bundle: Path, r
     assert out == "".join(f"{text}\n" for text in [*want, "".join(chat.ask("hi", max_new_tokens=5))])
 
 
+def test_commands_of_a_chat_work_from_a_pipe(bundle: Path, run: Run, picture: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    Image.new("RGB", (9, 9), "blue").save(other)
+    lines = [
+        *("/retry", "/stats", "/image", "/save", "/set heat 3", "/set seed x", "/set temperature -1", "/set top_k"),
+        *(f"'{picture}' {other}", "hi", "/stats", "/retry", "/set max_new_tokens 3", "a"),
+        *("/set", "/system be kind", "/system", "hi", "/save chat.json", "/save chat.json", "/system off", "/system"),
+        *("/help", "hi", "/reset", "/save empty.md"),
+    ]
+    saved = [
+        f"/save {tmp_path}/{line[6:]}" if line.startswith("/save c") or "/save e" in line else line for line in lines
+    ]
+    code, out, err = run(bundle, "--max-new-tokens", 5, stdin="\n".join(saved))
+    chat, kind = (vlm := load(bundle, threads=1)).chat(), vlm.chat("be kind")
+    want = ["".join(chat.ask("hi", [picture, other], max_new_tokens=5))] * 2
+    want += ["".join(chat.ask("a", max_new_tokens=3))]
+    want += ["".join(kind.ask("hi", max_new_tokens=3)), "".join(vlm.chat().ask("hi", max_new_tokens=3))]
+    assert (code, out) == (0, "".join(f"{text}\n" for text in want))
+    (said,) = json.loads((tmp_path / "chat.json").read_text())["exchanges"]
+    assert said == {"question": "hi", "pictures": [], "answer": want[3], "whole": True}
+    for told in (
+        *("no question to ask again", "no whole answer yet", "/image needs", "/save needs", "knows no 'heat'"),
+        *("takes a whole number, not 'x'", "temperature is -1.0", "takes a whole number, not ''", "of 96 tokens"),
+        *(
+            "8 of them pictures",
+            "temperature is 0",
+            "max_new_tokens 3",
+            "system message: be kind",
+            "saved 1 question in",
+        ),
+        *("chat.json exists", "there is no system message", "/retry", "saved 0 questions"),
+    ):
+        assert told in err
+
+
 def test_every_error_of_the_tree_has_its_exit_code(bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def every(of: type[VLMError]) -> list[type[VLMError]]:
         return [of, *(e for sub in of.__subclasses__() for e in every(sub))]

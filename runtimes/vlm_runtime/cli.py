@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_models import command
-from vlm_models.errors import InputError, VLMError
+from vlm_models.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vlm_runtime.answer import Settings
-    from vlm_runtime.chat import Chat
-    from vlm_runtime.vlm import VLM
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-CHAT_HELP = "/image PATH adds a picture to your next question, /reset starts anew, /quit or Ctrl-D ends"
 _SAMPLING = "How the answer is chosen"
 _RUNNING = "How it runs"
 
@@ -45,6 +40,7 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, token_ids, engines, timings_ms, ...")
     ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Keep what you type out of the chat's history.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The longest answer, in tokens.")] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; repeat for several.")
@@ -130,7 +126,7 @@ def ask(
 
     **For programs:**  vlm-run BUNDLE --image cat.png "What is this?" --json
 
-    **A chat:**  vlm-run BUNDLE --image cat.png
+    **A chat:**  vlm-run BUNDLE --image cat.png   (then /help)
     """
     if explain:
         _explain(bundle, engine, asked=prompt is not None or bool(image) or as_json, verify=verify)
@@ -167,7 +163,9 @@ def ask(
         verify=verify,
     )
     if prompt is None:
-        _chat(vlm, system, list(image or ()), settings)
+        from vlm_runtime.terminal import run_chat
+
+        run_chat(vlm, system, image or (), settings, private=private)
     elif as_json:
         answer = vlm.answer(prompt, image or (), system=system, raw=raw, **settings)
         typer.echo(json.dumps(_plain(answer), ensure_ascii=False))
@@ -208,57 +206,3 @@ def _plain_output() -> None:
     """Characters that the terminal cannot show must not end the answer."""
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-
-
-def _chat(vlm: VLM, system: str | None, images: list[Path], settings: Settings) -> None:
-    """Questions from stdin until it ends; mistakes are told and the chat goes on."""
-    from vlm_runtime.image import open_image
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing and a history
-    waiting: list[Image.Image] = [open_image(path) for path in images]
-    chat, typing = vlm.chat(system), sys.stdin.isatty()
-    if typing:
-        typer.echo(f"{vlm.spec.name}: ask something; {CHAT_HELP}", err=True)
-    while True:
-        try:
-            line = input("> " if typing else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            typer.echo("  (/quit or Ctrl-D ends)", err=True)
-            continue
-        try:
-            if line == "/quit":
-                return
-            if line == "/reset":
-                chat.reset()
-                waiting.clear()
-            elif line.split(maxsplit=1)[:1] == ["/image"]:
-                waiting.append(open_image(_path(line)))
-            elif line.startswith("/") and " " not in line:
-                raise InputError(f"unknown command {line}: {CHAT_HELP}")
-            elif line:
-                _turn(chat, line, waiting, settings)
-        except VLMError as error:
-            typer.echo(f"error: {error}", err=True)
-
-
-def _path(line: str) -> Path:
-    """The path after `/image`, with or without quotes, spaces allowed."""
-    path = line.removeprefix("/image").strip()
-    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
-    if not path:
-        raise InputError("/image needs the path of a picture")
-    return Path(path).expanduser()
-
-
-def _turn(chat: Chat, line: str, waiting: list[Image.Image], settings: Settings) -> None:
-    """Stream one answer; Ctrl-C stops it and keeps what was said."""
-    pieces = chat.ask(line, tuple(waiting), **settings)
-    waiting.clear()
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):  # type: ignore[type-var]
-        for piece in pieces:
-            typer.echo(piece, nl=False)
-    typer.echo()
