@@ -50,6 +50,7 @@ the checkpoint; a table shows how far apart they are, and the exit code is 1 whe
 
 
 _PRECISION, _SINGLE, _SOURCES = "Precision", "Single targets", "Pieces that a checkpoint only names"  # panels of --help
+_WEB = typer.Option("--web", rich_help_panel=_SINGLE, help="Write ONNX graphs that are fast in a browser.")
 
 
 @app.command(help=_HELP, no_args_is_help=True)
@@ -197,6 +198,7 @@ def command(
             help="The KV cache of TensorRT: concat, which grows, or scatter: of fixed size, written in place.",
         ),
     ] = "concat",
+    web: Annotated[bool, _WEB] = False,
     device_profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -259,6 +261,7 @@ def command(
                 coreml_layout=coreml_layout,  # type: ignore[arg-type]
                 tensorrt_kv=tensorrt_kv,  # type: ignore[arg-type]
                 device_profiles=device_profile or (),
+                web=web,
                 sources=sources,
                 tell=lambda note: None if quiet else console.print(note, highlight=False, markup=False, soft_wrap=True),
                 progress=stages,

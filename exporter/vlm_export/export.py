@@ -58,6 +58,7 @@ def export(
     coreml_layout: Literal["plain", "ane"] = "plain",
     tensorrt_kv: Literal["concat", "scatter"] = "concat",
     device_profiles: Sequence[str] = (),
+    web: bool = False,
     sources: Sources = NO_SOURCES,
     tell: Callable[[str], None] = lambda note: None,
     progress: Progress = silent,
@@ -74,9 +75,9 @@ def export(
     the vocabulary out of a GGUF; `coreml_kv` "io" gives Core ML the KV cache as input and output instead of a state,
     `coreml_layout` "ane" puts channels first; `tensorrt_kv` "scatter" gives TensorRT a cache of fixed size, written in
     place; `device_profiles` ("rtx40", "rtx40:24" with 24 GB) are what its engines are built for, by default the GPU at
-    hand, else RTX 30, 40 and 50. `sources` say where pieces lie that the checkpoint only names (a LoRA's base model, a
-    vision tower); `tell` is called with each note on what was found and chosen there, `progress(stage, done, of)` all
-    along.
+    hand, else RTX 30, 40 and 50. `web` writes ONNX graphs that are fast in a browser. `sources` say where pieces lie
+    that the checkpoint only names (a LoRA's base model, a vision tower); `tell` is called with each note on what was
+    found and chosen there, `progress(stage, done, of)` all along.
 
     Raises InputError (nothing is left behind), DependencyError, or CheckError when parity is missed: the bundle is
     then written all the same, with `passed: false` in its manifest.
@@ -101,6 +102,8 @@ def export(
     pairs = pairs_for(model, calibration)
     recipe = asked or goal.recipe(model, pairs, budget, max_kl, algorithm, calibration_samples, seed, progress)
     base = write.existing_bundle(output, model.spec.fingerprint, list(chosen), max_context)
+    if web and ("onnx" not in chosen or base):
+        raise InputError("--web is for target 'onnx' in a new bundle: add --target onnx, or choose another -o")
     context = base.max_context if base else preflight.context_of(model.spec, max_context)
     steps = _steps(chosen, recipe, base)
     builders = {name: find_target(name) for name in steps}
@@ -134,6 +137,7 @@ def export(
             coreml_layout=coreml_layout,
             tensorrt_kv=tensorrt_kv,
             device_profiles=tuple(device_profiles),
+            web=web,
             progress=progress,
         )
         jobs = {name: replace(job, parts=p, progress=_named(progress, name, len(steps))) for name, p in steps.items()}

@@ -32,7 +32,7 @@ class Job:
     is None. `gguf_tokenizer` is "checked", or "none", which leaves the vocabulary out of a GGUF. `coreml_kv`: the KV
     cache as a state or as input and output; `coreml_layout`: plain, or channels first as the Neural Engine likes them.
     `tensorrt_kv`: a cache that grows by concatenation, or one of fixed size that is written in place; engines are built
-    for `device_profiles` ("rtx40"), by default for the GPU at hand.
+    for `device_profiles` ("rtx40"), by default for the GPU at hand. `web`: ONNX graphs that are fast in a browser.
     """
 
     model: Model
@@ -45,6 +45,7 @@ class Job:
     coreml_kv: Literal["state", "io"] = "state"
     coreml_layout: Literal["plain", "ane"] = "plain"
     tensorrt_kv: Literal["concat", "scatter"] = "concat"
+    web: bool = False
     device_profiles: Sequence[str] = ()
     progress: Progress = lambda stage, done, of: None
 

@@ -70,9 +70,11 @@ class OnnxLanguage:
         precision: Precision,
         max_context: int,
         progress: Progress,
+        *,
+        web: bool = False,
     ) -> None:
         self.graph, self.checkpoint, self.spec, self.max_context = graph, checkpoint, spec, max_context
-        self.linear_layers = Linears(graph, precision)
+        self.linear_layers = Linears(graph, precision, web=web)
         self._progress = progress
         self._ropes: list[tuple[RopeSpec, tuple[str, str]]] = []
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from vlm_export.onnx.graph import MICROSOFT, Graph
+from vlm_export.onnx.web import Products, Widened, round_groups
 from vlm_export.rules import kept
 from vlm_models.errors import RecipeError
 from vlm_models.grid import Grid
-from vlm_quant.affine import quantize_int4, quantize_int8, quantize_int8_groups, widen
+from vlm_quant.affine import Int4, Int8Groups, quantize_int4, quantize_int8, quantize_int8_groups, widen
 from vlm_quant.grid import pack_int4, pack_int8, pack_int8_groups, regrouped
 from vlm_quant.recipe import Precision
 
@@ -79,13 +80,16 @@ class Tally:
 
 
 class Linears:
-    """Emits the linear layers of one graph; layers that read the same x share its int8 rounding."""
+    """Emits the linear layers of one graph; layers that read the same x share its int8 rounding.
 
-    def __init__(self, graph: Graph, precision: Precision) -> None:
-        self.graph, self.precision = graph, precision
+    `web`: weights in groups go into operators that are fast in WebAssembly.
+    """
+
+    def __init__(self, graph: Graph, precision: Precision, *, web: bool = False) -> None:
+        self.graph, self.precision, self._web = graph, precision, web
         self.tally = Tally(int8_note=SATURATION)
         self.layers: list[str] = []
-        self._rounded: dict[str, tuple[str, str]] = {}
+        self._rounded: dict[str | tuple[str, int], tuple[str, str]] = {}
         self._zero = ""
         self._widened: set[str] = set()
 
@@ -127,10 +131,7 @@ class Linears:
         stream(weight, write)
         if half:
             name = self.graph.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT)
-        product = self.graph.node("MatMul", [x, name], output if weight.bias is None else f"{output}.product")
-        if weight.bias is None:
-            return product
-        return self.graph.node("Add", [product, self._bias(weight)], output)
+        return self._with_bias(self.graph.node("MatMul", [x, name], self._before_bias(weight, output)), weight, output)
 
     def _int8(self, x: str, weight: Weight, output: str) -> str:
         """Integer products: one scale an output channel, and one a row of x, found as it comes.
@@ -187,39 +188,52 @@ class Linears:
         self.tally.linears[f"int8:g{HEAD_GROUP}"] += 1
         if rule is None and self.precision.weights == "int4":
             self.tally.kept[weight.name] = f"int8:g{HEAD_GROUP}: its errors count most; a rule for it makes it smaller"
+        grid = self.tally.regrouped(weight, 8, HEAD_GROUP, symmetric=True)
+
+        def quantized(start: int, rows: NDArray[Any]) -> Int8Groups:
+            if grid is None:
+                return quantize_int8_groups(rows, HEAD_GROUP)
+            return pack_int8_groups(rows, grid.rows(start, start + len(rows)))
+
+        if self._web:
+            widened = Widened(self.graph, weight.name, weight.rows, weight.columns, HEAD_GROUP)
+            stream(weight, lambda start, rows: widened.write(start, quantized(start, rows)))
+            return self._with_bias(widened.emit(x, self._before_bias(weight, output)), weight, output)
         groups = -(-weight.columns // HEAD_GROUP)
         values = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, HEAD_GROUP), np.uint8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
 
-        grid = self.tally.regrouped(weight, 8, HEAD_GROUP, symmetric=True)
-
         def write(start: int, rows: NDArray[Any]) -> None:
-            if grid is None:
-                quantized = quantize_int8_groups(rows, HEAD_GROUP)
-            else:
-                quantized = pack_int8_groups(rows, grid.rows(start, start + len(rows)))
-            values.write(start, quantized.values)
-            scales.write(start, quantized.scales)
+            made = quantized(start, rows)
+            values.write(start, made.values)
+            scales.write(start, made.scales)
 
         stream(weight, write)
         return self._blockwise(x, weight, output, 8, HEAD_GROUP, "")
 
     def _int4(self, x: str, weight: Weight, output: str, group: int) -> str:
+        grid = self.tally.regrouped(weight, 4, group)
+
+        def quantized(start: int, rows: NDArray[Any]) -> Int4:
+            return quantize_int4(rows, group) if grid is None else pack_int4(rows, grid.rows(start, start + len(rows)))
+
+        if self._web:
+            products = Products(self.graph, weight.name, weight.rows, weight.columns, group)
+            stream(weight, lambda start, rows: products.write(start, quantized(start, rows)), products.width)
+            if (x, group) not in self._rounded:
+                self._rounded[x, group] = round_groups(self.graph, x, weight.columns, group)
+            made = products.emit(*self._rounded[x, group], self._before_bias(weight, output))
+            return self._with_bias(made, weight, output)
         groups = -(-weight.columns // group)
         packed = self.graph.reserve(f"{weight.name}.weight", (weight.rows, groups, group // 2), np.uint8)
         scales = self.graph.reserve(f"{weight.name}.scale", (weight.rows, groups), np.float32)
         zeros = self.graph.reserve(f"{weight.name}.zero", (weight.rows, (groups + 1) // 2), np.uint8)
 
-        grid = self.tally.regrouped(weight, 4, group)
-
         def write(start: int, rows: NDArray[Any]) -> None:
-            if grid is None:
-                quantized = quantize_int4(rows, group)
-            else:
-                quantized = pack_int4(rows, grid.rows(start, start + len(rows)))
-            packed.write(start, quantized.packed)
-            scales.write(start, quantized.scales)
-            zeros.write(start, quantized.zero_points)
+            made = quantized(start, rows)
+            packed.write(start, made.packed)
+            scales.write(start, made.scales)
+            zeros.write(start, made.zero_points)
 
         stream(weight, write)
         return self._blockwise(x, weight, output, 4, group, f"{weight.name}.zero")
@@ -243,23 +257,29 @@ class Linears:
         self.layers.append(weight.layer or weight.name)
         return self.layers[-1]
 
+    def _before_bias(self, weight: Weight, output: str) -> str:
+        return output if weight.bias is None else f"{output}.product"
+
+    def _with_bias(self, product: str, weight: Weight, output: str) -> str:
+        return product if weight.bias is None else self.graph.node("Add", [product, self._bias(weight)], output)
+
     def _bias(self, weight: Weight) -> str:
         return "" if weight.bias is None else self.graph.tensor(f"{weight.name}.bias", weight.bias)
 
 
-def stream(weight: Weight, write: Callable[[int, NDArray[Any]], None]) -> None:
+def stream(weight: Weight, write: Callable[[int, NDArray[Any]], None], chunk: int = 0) -> None:
     """Give `write` every row range of the weight, on all cores: numpy works outside the interpreter lock."""
 
     def work(start: int, stop: int) -> None:
         write(start, weight.read(start, stop))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for task in [pool.submit(work, *span) for span in _spans(weight.rows)]:
+        for task in [pool.submit(work, *span) for span in _spans(weight.rows, chunk or CHUNK)]:
             task.result()
 
 
-def _spans(rows: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+def _spans(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + chunk, rows)) for start in range(0, rows, chunk))
 
 
 def check_fp16(name: str, values: NDArray[np.float32]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto
 
@@ -13,6 +13,7 @@ from vlm_export.onnx.graph import Graph
 from vlm_export.onnx.language import Edge, OnnxLanguage
 from vlm_export.onnx.linear import Linears
 from vlm_export.onnx.trace import trace
+from vlm_export.onnx.web import web_notes
 from vlm_export.preflight import weight_bytes
 from vlm_export.rules import check_rules, kept_note, language_layers
 from vlm_export.target import Job, Progress
@@ -68,7 +69,9 @@ def build(job: Job) -> dict[str, Part]:
     spec, parts = model.spec, {}
     if "language_model" in job.parts:
         precision, context = recipe.language, job.max_context
-        parts["language_model"] = language_model(model.checkpoint, spec, precision, folder, context, progress)
+        parts["language_model"] = language_model(
+            model.checkpoint, spec, precision, folder, context, progress, web=job.web
+        )
     vision, projector = spec.vision, spec.projector
     features, pixels = (vision.image_tokens, projector.in_features), (3, vision.image_size, vision.image_size)
     for part, load, shape, precision, names in (
@@ -79,16 +82,23 @@ def build(job: Job) -> dict[str, Part]:
             continue
         progress(part, 0, 1)
         with Graph(folder / f"{part}.onnx", part) as graph:
-            linears = Linears(graph, precision)
+            linears = Linears(graph, precision, web=job.web)
             trace(load(), shape, graph, linears, names)
             check_rules(precision, linears.layers, part)
-            parts[part] = _save(graph, spec, part, precision, linears.tally.details())
+            parts[part] = _save(graph, spec, part, precision, linears.tally.details(), web=job.web)
         progress(part, 1, 1)
     return parts
 
 
 def language_model(
-    checkpoint: Checkpoint, spec: VLMSpec, precision: Precision, folder: Path, max_context: int, progress: Progress
+    checkpoint: Checkpoint,
+    spec: VLMSpec,
+    precision: Precision,
+    folder: Path,
+    max_context: int,
+    progress: Progress,
+    *,
+    web: bool = False,
 ) -> Part:
     """The decoder with its head: embeddings (1, S, hidden) → logits of the last row (1, 1, vocab).
 
@@ -101,9 +111,9 @@ def language_model(
         graph.input("total_sequence_length", TensorProto.INT32, ())
         if spec.language.both_ways != "none":
             declare(graph)
-        emitter = OnnxLanguage(graph, checkpoint, spec.language, precision, max_context, progress)
+        emitter = OnnxLanguage(graph, checkpoint, spec.language, precision, max_context, progress, web=web)
         emitter.finish(walk(spec.language, emitter, Edge("inputs_embeds")))
-        return _save(graph, spec, "language_model", precision, emitter.linear_layers.tally.details())
+        return _save(graph, spec, "language_model", precision, emitter.linear_layers.tally.details(), web=web)
 
 
 def _bytes_per_weight(precision: Precision) -> float:
@@ -113,8 +123,9 @@ def _bytes_per_weight(precision: Precision) -> float:
     return {"fp32": 4.0, "fp16": 2.0, "int8": 1.1}[precision.weights]
 
 
-def _save(graph: Graph, spec: VLMSpec, part: str, precision: Precision, details: dict[str, object]) -> Part:
+def _save(graph: Graph, spec: VLMSpec, part: str, precision: Precision, details: dict[str, Any], *, web: bool) -> Part:
     graph.save({"vlm.fingerprint": spec.fingerprint, "vlm.part": part})
     files = (f"{ENGINE}/{graph.path.name}", f"{ENGINE}/{graph.data_path.name}")
-    notes = kept_note(part, precision, cast(Mapping[str, str], details["kept"]))
-    return Part(files[0], files, str(precision), {**details, "data_bytes": graph.size, "notes": notes})
+    notes = [*kept_note(part, precision, details["kept"]), *web_notes(part, details["linears"], web=web)]
+    written = {"data_bytes": graph.size, "notes": notes, **({"web": True} if web else {})}
+    return Part(files[0], files, str(precision), {**details, **written})
