@@ -46,14 +46,14 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
 
         def send_400_response(self, msg: str) -> None:
             """What is no HTTP is refused in the form of all errors; the request that it was part of has ended."""
-            error, wrong = sys.exception(), "this is no valid HTTP/1.1 request"
+            error, cycle = sys.exception(), self.cycle
             status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-            cycle = self.cycle
-            under_way = cycle is not None and not cycle.response_complete
-            if under_way:
+            if cycle is not None and cycle.more_body and cycle.response_started:
+                status = 0  # that request has its answer
+            if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
-            self._end(0 if under_way and cycle.response_started else status, wrong)
+            self._end(status, "this is no valid HTTP/1.1 request")
 
         def pause_writing(self) -> None:
             super().pause_writing()
