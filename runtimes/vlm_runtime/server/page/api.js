@@ -27,11 +27,19 @@ export async function* stream(body, key, signal) {
   });
   for await (const data of events(response.body.pipeThrough(new TextDecoderStream()))) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
+    const chunk = parsed(data);
     if (chunk.error) throw new ApiError(sentence(chunk.error.message), response.status);
     yield chunk;
   }
   throw new ApiError("The connection ended before the answer did.");
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ApiError("The server sent something else than an answer.");
+  }
 }
 
 /** The data of each server-sent event. */
