@@ -24,9 +24,7 @@ import uvicorn
 from PIL import Image
 
 from vlm_runtime.engines import onnx
-from vlm_runtime.server.app import make_app
-from vlm_runtime.server.connection import connection_class
-from vlm_runtime.server.listen import listen
+from vlm_runtime.server.listen import listen, make_server
 from vlm_runtime.server.options import ServerOptions
 from vlm_runtime.vlm import VLM, load
 
@@ -82,12 +80,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 @contextlib.contextmanager
 def in_thread(vlm: VLM, options: ServerOptions | None = None) -> Iterator[tuple[str, uvicorn.Server]]:
     """The application under uvicorn in a thread: its address, and the server, whose `should_exit` ends it."""
-    options = options or ServerOptions()
-    app = make_app(vlm, options)
-    config = uvicorn.Config(
-        app, http=connection_class(options.limits), ws="none", lifespan="on", log_config=None, access_log=False
-    )
-    server = uvicorn.Server(config)
+    server = make_server(vlm, options or ServerOptions())
     with listen("127.0.0.1", 0) as socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
         thread.start()
@@ -141,8 +134,9 @@ def load_gated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VLM, Gate
         return made[0]
 
     original = onnx.decoder
-    monkeypatch.setattr(onnx, "decoder", decoder)
-    return load(folder, threads=1), made[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "decoder", decoder)
+        return load(folder, threads=1), made[0]
 
 
 def data_url(image: Image.Image, form: str = "PNG") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 from pydantic import ValidationError
 
+from vlm_models.errors import PromptError
 from vlm_runtime.answer import Picture, Request, Settings, milliseconds
 from vlm_runtime.prompt import render
 from vlm_runtime.server.images import ImagePolicy, fetch_image
@@ -35,6 +37,8 @@ class Preparation:
         self._threads = anyio.CapacityLimiter(_AT_ONCE)
         self._pictures: OrderedDict[tuple[bytes, int], Picture] = OrderedDict()
         self._lock = threading.Lock()
+        with contextlib.suppress(PromptError):  # the template is read now and not by the first who asks
+            render([{"role": "user", "content": ""}], vlm.spec.prompt)
 
     async def parse(self, body: bytes) -> ChatRequest:
         """What the client asks. Raises RefusedError (400), InputError for a conversation over the limits."""

@@ -8,7 +8,7 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -47,6 +47,16 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 def run(vlm: VLM, options: ServerOptions, listening: socket.socket, *, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C; the answer that runs then has `grace` seconds, who waits gets 503."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    ready = f"{vlm.spec.name}: {_address(listening)} ({_engines(vlm)}); Ctrl-C ends"
+    server = make_server(vlm, options, grace=grace, ready=lambda: typer.echo(ready))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
+    server.run(sockets=[listening])
+
+
+def make_server(
+    vlm: VLM, options: ServerOptions, *, grace: float = 10.0, ready: Callable[[], object] = lambda: None
+) -> uvicorn.Server:
+    """uvicorn around the application; `ready` is called when clients may come. It ends when `should_exit` is set."""
     app = make_app(vlm, options)
     config = uvicorn.Config(
         app,
@@ -59,21 +69,18 @@ def run(vlm: VLM, options: ServerOptions, listening: socket.socket, *, grace: fl
         server_header=False,
         timeout_graceful_shutdown=math.ceil(grace),
     )
-    server = _Server(config, app, f"{vlm.spec.name}: {_address(listening)} ({_engines(vlm)}); Ctrl-C ends")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
-    server.run(sockets=[listening])
+    return _Server(config, app, ready)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, app: FastAPI, ready: str) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, ready: Callable[[], object]) -> None:
         super().__init__(config)
         self._app, self._ready = app, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            typer.echo(self._ready)
-            sys.stdout.flush()
+            self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.worker.drain()

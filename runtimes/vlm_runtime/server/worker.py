@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlm_runtime.vlm import VLM
 
 _USUAL_SECONDS = 1.0  # what an answer is taken to need before there was one
+_PREPARED = 8  # requests whose pictures are in memory as pixel values; the others wait as they came
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Worker:
         self._changed = threading.Condition()
         self._entered, self._usual = 0, _USUAL_SECONDS
         self._running, self._draining, self._closed = False, False, False
+        self._prepared = asyncio.Semaphore(_PREPARED)  # first come, first served
         self._thread = threading.Thread(target=self._work, name="vlm-engine", daemon=True)
         self._thread.start()
-        metrics.show(lambda: self._entered - self._running, lambda: self._running)
+        metrics.show(lambda: max(self._entered - self._running, 0), lambda: self._running)
 
     async def answers(
         self, prepare: Callable[[], Awaitable[Request]], best: int | None = None
@@ -61,21 +63,21 @@ class Worker:
         RefusedError (429 the line is full, 503 the server ends), what `prepare` raises, and what the model does.
         """
         self._enter()
-        job = None
+        entered, job = time.perf_counter(), None
         try:
-            job = _Job(await prepare(), best, asyncio.get_running_loop())
-            with self._changed:
-                if self._draining:
-                    raise _ending()
-                self._line.append(job)
-                self._changed.notify()
-            while True:
-                event = await job.events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if isinstance(event, Answer):
-                    return
+            async with self._prepared:
+                begun = time.perf_counter()
+                request = await prepare()
+                entered += time.perf_counter() - begun
+                job = _Job(request, best, entered, asyncio.get_running_loop())
+                self._append(job)
+                while True:
+                    event = await job.events.get()
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                    if isinstance(event, Answer):
+                        return
         finally:
             self._leave(job)
 
@@ -109,6 +111,13 @@ class Worker:
                     headers={"Retry-After": str(wait)},
                 )
             self._entered += 1
+
+    def _append(self, job: _Job) -> None:
+        with self._changed:
+            if self._draining:
+                raise _ending()
+            self._line.append(job)
+            self._changed.notify()
 
     def _leave(self, job: _Job | None) -> None:
         with self._changed:
@@ -163,10 +172,10 @@ class Worker:
 
 
 class _Job:
-    """A request in the line; its events are put in by the engine's thread and taken out in the loop's."""
+    """A request in the line since `entered`; the engine's thread puts events in, the loop's takes them out."""
 
-    def __init__(self, request: Request, best: int | None, loop: asyncio.AbstractEventLoop) -> None:
-        self.request, self.best, self.entered, self.left = request, best, time.perf_counter(), False
+    def __init__(self, request: Request, best: int | None, entered: float, loop: asyncio.AbstractEventLoop) -> None:
+        self.request, self.best, self.entered, self.left = request, best, entered, False
         self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._loop = loop
 
