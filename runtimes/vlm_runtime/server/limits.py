@@ -99,10 +99,9 @@ def limited(app: ASGIApp, limits: Limits) -> ASGIApp:
         head = dict(scope["headers"]) if scope["type"] == "http" else {}
         if b"content-length" not in head and b"transfer-encoding" not in head:
             return await app(scope, receive, send)
-        if scope["method"] == "POST" and (wrong := _type_refused(head)):
+        length, body, mine = head.get(b"content-length", b"0"), bytearray(), 0
+        if (length != b"0" or b"transfer-encoding" in head) and (wrong := _type_refused(head)):
             return await refuse(send, 415, wrong, "unsupported_media_type")
-        body, mine = bytearray(), 0
-        length = head.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > limits.body_bytes:
             return await _too_long(head, receive, send, limits)
         try:

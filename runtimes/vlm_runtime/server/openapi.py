@@ -27,8 +27,8 @@ def responses(*, open_to_all: bool = False, chat: bool = False, text: str | None
         status: {"model": ErrorBody, "description": {**REFUSALS, **_OURS}[status]} for status in sorted(statuses)
     }
     if chat:
-        events = {"type": "string", "description": "`data:` lines, each a Chunk or an ErrorBody, then `data: [DONE]`."}
-        said[200] = {"content": {"text/event-stream": {"schema": events}}}
+        events = "With `stream`: `data:` lines, each a Chunk or an ErrorBody, then `data: [DONE]`."
+        said[200] = {"description": f"The answer. {events}", "content": {"text/event-stream": {}}}
         said[429]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     if text:
         said[200] = {"content": {text: {"schema": {"type": "string"}}}}

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 _Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _refused_if_true(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false, or left out")
+    return value
+
+
+# Literal[False] would take 0 as well.
+_No = Annotated[bool, AfterValidator(_refused_if_true), WithJsonSchema({"type": "boolean", "const": False})]
 
 
 class _Asked(BaseModel):
@@ -103,11 +113,11 @@ class ChatRequest(_Asked):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Draw from the k best; 0: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: _Int64 | None = Field(None, description="Same seed, same answer.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Needs logprobs = true.")
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -117,7 +127,7 @@ class ChatRequest(_Asked):
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: _No | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
