@@ -1,0 +1,317 @@
+"""The browser runtime in Chromium: golden vectors, answers as Python gives them, and what a bad address says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+import vlm_export
+from exporting import exported
+from vlm_bench.browser import PAGE, chromium, serving
+from vlm_export.golden import PICTURE, prompt
+from vlm_models.demo.build import build_demo
+from vlm_runtime.manifest import read_manifest
+from vlm_runtime.vlm import load
+from web_package import built
+
+QUESTION = "What colour is the large circle?"
+REPLAY = """async (url) => {
+  const { load, replay } = await import("vlm-runtime-web");
+  const model = await load(url, { cache: false, threads: 1 });
+  try { return await replay(model); } finally { await model.dispose(); }
+}"""
+ANSWER = """async ([url, question, image, tokens]) => {
+  const { load } = await import("vlm-runtime-web");
+  const model = await load(url, { cache: false });
+  try {
+    const picture = await (await fetch(image)).blob();
+    return await model.answer(question, { images: [picture], maxNewTokens: tokens });
+  } finally { await model.dispose(); }
+}"""
+
+
+@dataclass
+class Site:
+    """Where the runtime and the bundles below `folder` are served."""
+
+    url: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def native(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that runs in a browser as it is."""
+    return exported(tiny, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def site(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "bundle").symlink_to(native)
+    with serving({"files": folder}, built()) as url:
+        yield Site(url, folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, site: Site) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(120_000)  # the machine may be busy
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(site.url + PAGE)
+    yield page
+    context.close()
+    assert not errors
+
+
+def open_bundle(page: Page, address: str) -> None:
+    """Load in the example, and wait for what comes of it."""
+    page.get_by_label("Address of a bundle").fill(address)
+    page.get_by_role("button", name="Load").click()
+    page.locator("#open:enabled").wait_for()
+
+
+def ask(page: Page, question: str) -> str:
+    page.get_by_label("Question").fill(question)
+    page.keyboard.press("Enter")
+    page.locator("#took").get_by_text("First token").wait_for()
+    return str(page.locator("#answer").text_content())
+
+
+def python_tokens(bundle: Path, count: int) -> list[int]:
+    """What the Python runtime says to the golden prompt."""
+    vlm = load(bundle, threads=1)
+    asked = prompt(vlm.spec.prompt)
+    return list(vlm.answer(asked, [bundle / PICTURE], raw=True, max_new_tokens=count).token_ids)
+
+
+def check_replay(page: Page, site: Site, name: str, *, reference: bool) -> None:
+    replay = page.evaluate(REPLAY, f"{site.url}files/{name}/")
+    assert [stage["name"] for stage in replay["stages"]][0] == "pixel_values"
+    assert all(stage["passed"] for stage in replay["stages"]), replay["stages"]
+    assert replay["stages"][0]["maxAbs"] <= 1e-6
+    assert replay["promptEqual"]
+    mine = python_tokens(site.folder / name, len(replay["greedy"]))
+    assert replay["greedy"][: len(mine)] == mine
+    if reference:
+        assert replay["greedy"] == replay["reference"]
+
+
+def test_golden_vectors_are_met_stage_by_stage(page: Page, site: Site) -> None:
+    assert page.evaluate("crossOriginIsolated")
+    check_replay(page, site, "bundle", reference=True)
+
+
+def test_golden_vectors_are_met_by_graphs_written_for_a_browser(page: Page, site: Site, tiny: Path) -> None:
+    vlm_export.export(tiny, "onnx", site.folder / "web", precision="int4", web=True)
+    check_replay(page, site, "web", reference=False)
+
+
+def test_the_page_answers_as_python_does_and_says_what_it_took(
+    page: Page, site: Site, native: Path, picture_file: Path
+) -> None:
+    wanted = load(native, threads=1).answer(QUESTION, [picture_file], max_new_tokens=128)
+    open_bundle(page, f"{site.url}files/bundle/")
+    expect(page.get_by_role("status")).to_contain_text(read_manifest(native).spec.name)
+    page.get_by_label("choose one:").set_input_files(picture_file)
+    assert ask(page, QUESTION) == wanted.text
+    took = page.locator("#took")
+    for stage in ("Preprocess", "Vision", "Prefill", "Decode"):
+        expect(took).to_contain_text(stage)
+    expect(took).to_contain_text(f"{wanted.prompt_tokens} tokens, {wanted.image_tokens} of the picture")
+    expect(took).to_contain_text(f"{len(wanted.token_ids)} tokens")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_bundle_is_fetched_once(page: Page, site: Site) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    open_bundle(page, f"{site.url}files/bundle/")
+    assert any(url.endswith("language_model.onnx.data") for url in asked)
+    page.reload()
+    asked.clear()
+    open_bundle(page, f"{site.url}files/bundle/")
+    expect(page.locator("#talk")).to_be_enabled()
+    assert [url for url in asked if "/files/" in url] == [f"{site.url}files/bundle/manifest.json"]
+
+
+def test_stop_ends_an_answer_and_the_next_one_is_whole(page: Page, site: Site, native: Path) -> None:
+    whole = load(native, threads=1).answer(QUESTION, max_new_tokens=128).text
+    open_bundle(page, f"{site.url}files/bundle/")
+    page.evaluate(
+        """() => new MutationObserver((_, watch) => {
+          watch.disconnect();
+          document.getElementById("stop").click();
+        }).observe(document.getElementById("answer"), { childList: true, characterData: true })"""
+    )
+    page.get_by_label("Question").fill(QUESTION)
+    page.keyboard.press("Enter")
+    page.locator("#send:enabled").wait_for()
+    broken = str(page.locator("#answer").text_content())
+    assert len(broken) < len(whole)
+    assert whole.startswith(broken)
+    assert ask(page, QUESTION) == whole
+
+
+Damage = Callable[[Path], object]
+LARGEST = "onnx/language_model.onnx.data"
+
+
+def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / "manifest.json").read_text())
+        change(data)
+        (folder / "manifest.json").write_text(json.dumps(data))
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    with (folder / LARGEST).open("r+b") as file:
+        file.truncate((folder / LARGEST).stat().st_size - 1000)
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / LARGEST).read_bytes())
+    data[5000] ^= 1
+    (folder / LARGEST).write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "a page in place of the manifest": (
+        lambda folder: (folder / "manifest.json").write_text("<!doctype html><title>Sign in</title>"),
+        "is a web page, not a manifest: give the address of the bundle's folder",
+    ),
+    "half a manifest": (
+        lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:500]),
+        "is not valid JSON",
+    ),
+    "another JSON file": (lambda folder: (folder / "manifest.json").write_text("{}"), "is not a vlm-export manifest"),
+    "a later version": (manifest(lambda data: data.update(version=2)), "has version 2, this runtime reads version 1"),
+    "no ONNX graphs": (
+        manifest(lambda data: [part.update(gguf=part.pop("onnx")) for part in data["parts"].values()]),
+        "for gguf: export with --target onnx",
+    ),
+    "a file that is not there": (lambda folder: (folder / LARGEST).unlink(), "answered 404: is it the address"),
+    "a truncated file": (cut, r"has \d+ bytes instead of \d+: copy the bundle again, whole"),
+    "a damaged file": (flip, "does not match its sha256"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_bad_bundle_is_told_in_one_line_and_a_good_one_loads_after_it(
+    page: Page, site: Site, native: Path, what: str
+) -> None:
+    damage, message = DAMAGES[what]
+    folder = site.folder / re.sub(r"\W", "-", what)
+    shutil.copytree(native, folder)
+    damage(folder)
+    open_bundle(page, f"{site.url}files/{folder.name}/")
+    told = str(page.get_by_role("alert").text_content())
+    assert re.search(message, told), told
+    assert "\n" not in told
+    expect(page.locator("#talk")).to_be_disabled()
+    if what == "a damaged file":
+        open_bundle(page, f"{site.url}files/bundle/")
+        expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page.locator("#talk")).to_be_enabled()
+
+
+def test_addresses_without_any_bundle_are_told_apart(page: Page, site: Site) -> None:
+    for address, message in (
+        (f"{site.url}files/none/", "manifest.json answered 404"),
+        (site.url + PAGE, "answered 404"),
+        ("http://127.0.0.1:9/", "cannot be fetched"),
+        ("http://[", "is no address"),
+    ):
+        open_bundle(page, address)
+        expect(page.get_by_role("alert")).to_contain_text(message)
+
+
+def test_a_server_that_sends_a_page_for_everything_is_found_out(page: Page, site: Site) -> None:
+    page.route("**/everything/**", lambda route: route.fulfill(content_type="text/html", body="<h1>Home</h1>"))
+    open_bundle(page, f"{site.url}everything/")
+    expect(page.get_by_role("alert")).to_contain_text("is a web page")
+
+
+def test_a_file_that_is_no_picture_is_told_in_one_line(page: Page, site: Site, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    open_bundle(page, f"{site.url}files/bundle/")
+    page.get_by_label("choose one:").set_input_files(tmp_path / "bad.png")
+    page.get_by_label("Question").fill(QUESTION)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("the image cannot be decoded")
+    expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+
+
+def test_the_example_fits_a_phone_in_the_dark(browser: Browser, site: Site) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(site.url + PAGE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 22, 20)"
+    context.close()
+
+
+def test_the_small_server_isolates_the_page_and_serves_nothing_else(native: Path) -> None:
+    command = ["node", "example/serve.mjs", str(native), "0"]
+    with subprocess.Popen(command, cwd=built(), stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            with httpx.Client(base_url=url, follow_redirects=True) as client:
+                home = client.get("/")
+                assert home.headers["cross-origin-opener-policy"] == "same-origin"
+                assert home.headers["cross-origin-embedder-policy"] == "require-corp"
+                assert "vlm-runtime-web" in home.text
+                assert client.get("/bundle/manifest.json").json()["format"] == "vlm-bundle"
+                for path in (
+                    "/bundle/",
+                    "/bundle/none",
+                    "/bundle/%2e%2e/x",
+                    "/bundle/..%2f..%2fetc/passwd",
+                    "/%ff",
+                    "/x",
+                ):
+                    assert client.get(path).status_code == 404, path
+        finally:
+            server.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_the_demo_answers_in_the_browser_as_in_python(browser: Browser, tmp_path: Path) -> None:
+    build_demo(tmp_path / "demo")
+    bundle = tmp_path / "bundle"
+    options = {"precision": "int8", "algorithm": "rtn", "max_context": 512, "web": True}
+    vlm_export.export(tmp_path / "demo", "onnx", bundle, **options)  # type: ignore[arg-type]
+    sample = tmp_path / "demo" / "sample.png"
+    vlm = load(bundle)
+    with serving({"bundle": bundle, "demo": tmp_path / "demo"}, built()) as url:
+        page = browser.new_page()
+        page.goto(url + PAGE)
+        replay = page.evaluate(REPLAY, f"{url}bundle/")
+        assert all(stage["passed"] for stage in replay["stages"]), replay["stages"]
+        for question in ("How many objects are in the image?", "Describe the image."):
+            wanted = vlm.answer(question, [Image.open(sample)], max_new_tokens=24)
+            given = [f"{url}bundle/", question, f"{url}demo/sample.png", 24]
+            assert page.evaluate(ANSWER, given)["text"] == wanted.text
+        page.close()

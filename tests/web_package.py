@@ -1,0 +1,24 @@
+"""The browser runtime's npm package, installed and compiled once for all tests."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+
+WEB = Path(__file__).parent.parent / "runtimes" / "web"
+
+
+@functools.cache
+def built() -> Path:
+    """The package's folder, with dist/ made of its sources; its packages are fetched where they are missing."""
+    installed, lock = WEB / "node_modules" / ".package-lock.json", WEB / "package-lock.json"
+    if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
+        _run("npm", "ci")
+    _run("npm", "run", "--silent", "build")
+    return WEB
+
+
+def _run(*line: str) -> None:
+    ran = subprocess.run(line, cwd=WEB, capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, f"{' '.join(line)}:\n{ran.stdout[-3000:]}{ran.stderr[-3000:]}"
