@@ -34,7 +34,7 @@ def test_the_python_example_runs(
 
 def test_every_command_named_exists() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
-    assert set(re.findall(r"\bvlm-(?:assemble|export|run|bench|demo)\b", README)) == set(scripts)
+    assert set(re.findall(r"\bvlm-(?:assemble|export|run|serve|bench|demo)\b", README)) == set(scripts)
     for module in re.findall(r"python -m vlm_bench\.(\w+)", README):
         assert (ROOT / f"benchmarks/vlm_bench/{module}.py").is_file(), module
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
