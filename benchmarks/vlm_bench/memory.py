@@ -21,6 +21,12 @@ def peak_mb(pids: Iterable[int]) -> float | None:
     return sum(peaks) / 1024 if peaks else None
 
 
+def resident_mb(pids: Iterable[int]) -> float | None:
+    """Sum of what the processes have in memory now, mapped files included; None where not told."""
+    sizes = [size for pid in pids if (size := _field(pid, "status", "VmRSS"))]
+    return sum(sizes) / 1024 if sizes else None
+
+
 def bytes_read(pids: Iterable[int]) -> int | None:
     """Bytes that these processes had fetched from storage; None where not told.
 
