@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import subprocess
 from pathlib import Path
@@ -12,11 +13,17 @@ WEB = Path(__file__).parent.parent / "runtimes" / "web"
 @functools.cache
 def built() -> Path:
     """The package's folder, with dist/ made of its sources; its packages are fetched where they are missing."""
+    with (WEB / "package.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two files of tests may ask at once
+        _build()
+    return WEB
+
+
+def _build() -> None:
     installed, lock = WEB / "node_modules" / ".package-lock.json", WEB / "package-lock.json"
     if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
         _run("npm", "ci")
     _run("npm", "run", "--silent", "build")
-    return WEB
 
 
 def _run(*line: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vlm_models.errors import DependencyError, InputError
 
@@ -17,15 +18,18 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parents[2] / "runtimes" / "web"
 PAGE = "web/example/index.html"
+_TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 class _Files(SimpleHTTPRequestHandler):
     """Files below the folders of `roots`, by the first piece of the path, isolated so that threads are allowed."""
 
-    roots: Mapping[str, Path] = {}
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript", ".wasm": "application/wasm"}
+    roots: ClassVar[Mapping[str, Path]] = {}
     protocol_version = "HTTP/1.1"
+
+    def guess_type(self, path: str | os.PathLike[str]) -> str:
+        return _TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def translate_path(self, path: str) -> str:
         pieces = [p for p in path.partition("?")[0].split("/") if p]
@@ -66,6 +70,14 @@ def serving(folders: Mapping[str, Path], package: Path = PACKAGE) -> Iterator[st
         server.server_close()
 
 
+def installed() -> str:
+    """The path of this machine's browser. Raises DependencyError where there is none."""
+    path = next(filter(None, map(shutil.which, _NAMES)), None)
+    if path is None:
+        raise DependencyError(f"no browser is installed: install one of {', '.join(_NAMES)}")
+    return path
+
+
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """The browser of this machine, without a window. Raises DependencyError where it or playwright is missing."""
@@ -73,9 +85,7 @@ def chromium() -> Iterator[Browser]:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
         raise DependencyError("measuring a browser needs playwright: pip install playwright") from None
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
-    if path is None:
-        raise DependencyError(f"no browser is installed: install one of {', '.join(_NAMES)}")
+    path = installed()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import shutil
+import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_bench import report
-from vlm_bench.browser import PACKAGE, PAGE, chromium, serving
+from vlm_bench.browser import PACKAGE, PAGE, chromium, installed, serving
 from vlm_bench.measure import Rep, interleave, ratio
 from vlm_bench.worker import workers
 from vlm_models.errors import BundleError
@@ -139,20 +139,13 @@ def command(
             question=question,
             tokens=tokens,
             threads=threads,
-            browser=_version(),
-            onnxruntime_web=_installed("onnxruntime-web"),
+            browser=subprocess.run([installed(), "--version"], capture_output=True, text=True).stdout.strip(),
+            onnxruntime_web=_version("onnxruntime-web"),
         )
         console.print(str(report.save(data)))
 
 
-def _version() -> str:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    return "" if path is None else subprocess.run([path, "--version"], capture_output=True, text=True).stdout.strip()
-
-
-def _installed(package: str) -> str:
-    import json
-
+def _version(package: str) -> str:
     return str(json.loads((PACKAGE / "node_modules" / package / "package.json").read_text("utf-8"))["version"])
 
 
