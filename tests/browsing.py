@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import threading
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request
 
 from running import running_bundle, running_spec
+from serving import in_thread
 from vlm_runtime.answer import Answer
-from vlm_runtime.server.app import make_app
 from vlm_runtime.server.options import ServerOptions
 from vlm_runtime.vlm import VLM, load
 
@@ -47,20 +44,14 @@ def serving(vlm: VLM, **options: Any) -> Iterator[Served]:
     served.pace.set()
     speak = vlm.speak
     vlm.speak = _paced(speak, served.pace)  # type: ignore[method-assign]
-    app = make_app(vlm, ServerOptions(**options))
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="critical", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
     try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        served.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-        yield served
+        with in_thread(vlm, ServerOptions(**options)) as (address, _):
+            served.url = f"{address}/"
+            try:
+                yield served
+            finally:
+                served.pace.set()
     finally:
-        served.pace.set()
-        server.should_exit = True
-        thread.join()
         vlm.speak = speak  # type: ignore[method-assign]
 
 
@@ -80,18 +71,6 @@ def _paced(speak: Any, fast: threading.Event) -> Any:
             answer.close()
 
     return slowly
-
-
-@contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    """The browser of this machine, without a window."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        try:
-            yield browser
-        finally:
-            browser.close()
 
 
 @dataclass

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from browsing import PHONE, Served, chromium, picture_file, serving, tiny_vlm, visiting
+from browsing import PHONE, Served, picture_file, serving, tiny_vlm, visiting
+from vlm_bench.browser import chromium
 from vlm_runtime.server.page import FOLDER
 
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
@@ -150,6 +151,7 @@ def test_a_new_chat_forgets_and_ends_what_runs(served: Served, browser: Browser,
 
 
 def test_settings_reach_the_model_and_last(served: Served, browser: Browser) -> None:
+    wanted = served.vlm.answer("hi", system="short", max_new_tokens=5, temperature=0.7, top_p=0.9, seed=3)
     with visiting(browser, served.url) as visit:
         visit.page.get_by_role("button", name="Settings").click()
         dialog = visit.page.get_by_role("dialog", name="Settings")
@@ -162,7 +164,6 @@ def test_settings_reach_the_model_and_last(served: Served, browser: Browser) -> 
         expect(dialog).to_be_hidden()
         visit.page.reload()
         visit.ask("hi")
-        wanted = served.vlm.answer("hi", system="short", max_new_tokens=5, temperature=0.7, top_p=0.9, seed=3)
         assert visit.words(1) == wanted.text
         visit.page.get_by_role("button", name="Settings").click()
         dialog.get_by_label("Temperature").fill("9")

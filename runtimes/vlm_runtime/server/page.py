@@ -11,7 +11,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {
@@ -45,7 +45,7 @@ class _File:
     tag: str
 
 
-def routes() -> list[Route]:
+def routes() -> list[BaseRoute]:
     """Routes of the page: GET and HEAD for `/` (index.html) and for `/page/NAME`, one for each file there is.
 
     No path is made from what a client sends: a name that is not there is the application's 404.
