@@ -19,7 +19,15 @@ from PIL import Image
 
 from vlm_models.errors import ImageError, InputError
 from vlm_runtime.server import fetch
-from vlm_runtime.server.images import Host, ImagePolicy, check_picture, fetch_image, image_policy, parse_host
+from vlm_runtime.server.images import (
+    Host,
+    ImagePolicy,
+    check_picture,
+    fetch_image,
+    fetch_images,
+    image_policy,
+    parse_host,
+)
 from vlm_runtime.server.limits import Limits
 
 PUBLIC = "93.184.216.34"
@@ -95,6 +103,21 @@ def png(width: int, height: int) -> bytes:
 def webp(width: int, height: int) -> bytes:
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + canvas
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_every_kind_of_webp_says_its_size_before_it_is_opened(
+    lossless: bool, extended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    metadata = {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"} if extended else {}
+    Image.new("RGB", (70, 30), "red").save(file, "WEBP", lossless=lossless, **metadata)
+    assert file.getvalue()[12:16] == (b"VP8X" if extended else b"VP8L" if lossless else b"VP8 ")
+    check_picture(file.getvalue(), Limits(pixels=2100, edge=70))
+    monkeypatch.setattr(Image, "open", lambda *given, **options: pytest.fail("it was opened"))
+    with pytest.raises(ImageError, match="70 × 30 pixels"):
+        check_picture(file.getvalue(), Limits(edge=69))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +344,15 @@ def test_a_picture_in_chunks_or_until_the_end_is_whole(serve: Serve) -> None:
     chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in (encoded()[:9], encoded()[9:])) + b"0\r\n\r\n"
     url, policy, _ = serve(reply(chunked, "Transfer-Encoding: chunked"), reply(encoded()))
     assert fetched(url, policy) == fetched(url, policy) == encoded()
+
+
+def test_pictures_of_one_conversation_have_a_limit_together(serve: Serve) -> None:
+    each = reply(encoded())
+    url, policy, asked = serve(*[each] * 5, limits=Limits(body_bytes=2 * len(encoded())))
+    assert asyncio.run(fetch_images([url] * 2, policy)) == [encoded()] * 2
+    with pytest.raises(ImageError, match="bytes together: send fewer or smaller ones"):
+        asyncio.run(fetch_images([url] * 9, policy))
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize(

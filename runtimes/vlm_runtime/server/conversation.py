@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from vlm_models.errors import PromptError
 from vlm_runtime.answer import Picture, Request, Settings, milliseconds
 from vlm_runtime.prompt import render
-from vlm_runtime.server.images import ImagePolicy, fetch_image
+from vlm_runtime.server.images import ImagePolicy, fetch_images
 from vlm_runtime.server.limits import Limits, check_conversation
 from vlm_runtime.server.problems import invalid
 from vlm_runtime.server.schema import ChatRequest, ImagePart
@@ -47,7 +47,7 @@ class Preparation:
     async def request(self, asked: ChatRequest, started: float) -> Request:
         """A checked request; `started` is when the client's came. Raises ImageError, PromptError or InputError."""
         addresses = [part.image_url.url for message in asked.messages for part in _pictures(message.content)]
-        files = [await fetch_image(address, self._policy) for address in addresses]
+        files = await fetch_images(addresses, self._policy)
         return await anyio.to_thread.run_sync(self._request, asked, files, started, limiter=self._threads)
 
     def _parse(self, body: bytes) -> ChatRequest:

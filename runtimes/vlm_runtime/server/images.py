@@ -71,6 +71,16 @@ def parse_host(text: str) -> Host:
     return Host(name, port, address)
 
 
+async def fetch_images(urls: Sequence[str], policy: ImagePolicy) -> list[bytes]:
+    """The pictures of one conversation, which together have no more bytes than a body may. Raises ImageError."""
+    files, limit = list[bytes](), policy.limits.body_bytes
+    for url in urls:
+        files.append(await fetch_image(url, policy))
+        if sum(map(len, files)) > limit:
+            raise ImageError(f"the pictures have more than {limit} bytes together: send fewer or smaller ones")
+    return files
+
+
 async def fetch_image(url: str, policy: ImagePolicy) -> bytes:
     """The bytes of a picture that may be decoded: its format, pixels and edges are those that the policy allows.
 
@@ -115,10 +125,21 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _check_webp(content: bytes, limits: Limits) -> None:
-    """The canvas of an extended WebP file, its size less one in 24 bits each. Source: WebP container, "VP8X"."""
-    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":
-        width, height = (int.from_bytes(content[at : at + 3], "little") + 1 for at in (24, 27))
-        _check_size(width, height, limits)
+    """The size that the first chunk of a WebP file names. Source: RFC 9649, "VP8X", "VP8L"; RFC 6386, 9.1."""
+    kind, at = content[12:16], 20
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return
+    if kind == b"VP8X":  # both less one, 24 bits each
+        _check_size(_little(content, at + 4, 3) + 1, _little(content, at + 7, 3) + 1, limits)
+    if kind == b"VP8L":  # both less one, 14 bits each, after a byte of signature
+        both = _little(content, at + 1, 4)
+        _check_size((both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1, limits)
+    if kind == b"VP8 ":  # 14 bits and two of scale each, after the frame's tag and start code
+        _check_size(_little(content, at + 6, 2) & 0x3FFF, _little(content, at + 8, 2) & 0x3FFF, limits)
+
+
+def _little(content: bytes, at: int, length: int) -> int:
+    return int.from_bytes(content[at : at + length], "little")
 
 
 def _from_data_url(url: str) -> bytes:

@@ -92,7 +92,7 @@ def error_json(status: int, message: str, code: str | None = None) -> bytes:
 
 def limited(app: ASGIApp, limits: Limits) -> ASGIApp:
     """`app` behind the limits of bodies: it is called with a body that is there, whole and small enough."""
-    held = 0  # bytes of bodies in memory, of all requests
+    held, room = 0, max(limits.bodies_bytes, limits.body_bytes)  # bytes of all bodies in memory, and how many may be
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal held
@@ -117,7 +117,7 @@ def limited(app: ASGIApp, limits: Limits) -> ASGIApp:
                         if len(body) + len(chunk) > limits.body_bytes:
                             body.clear()
                             return await _too_long(head, receive, send, limits)
-                        if held + len(chunk) > limits.bodies_bytes:
+                        if held + len(chunk) > room:
                             full = "too many large requests at once: try again in a moment"
                             return await refuse(send, 429, full, "busy", {"retry-after": "1"})
                         body += chunk
