@@ -1,6 +1,7 @@
 /**
  * Pillow's resampling of 8-bit RGB, number for number (Pillow, src/libImaging/Resample.c and Geometry.c): weights in
- * double precision, rounded to 22 bits, summed as integers; first along lines, then along columns.
+ * double precision, rounded to 22 bits, summed as integers; first along lines, then along columns, but the other way
+ * round where the height shrinks much more (Pillow 13).
  */
 import type { RGB } from "./image.js";
 
@@ -44,8 +45,10 @@ export function resize(image: RGB, width: number, height: number, resample: numb
   if (width === image.width && height === image.height) return image;
   if (resample === 0) return nearest(image, width, height);
   const filter = FILTERS[resample];
-  const lines = width === image.width ? image : alongLines(image, width, filter);
-  return height === lines.height ? lines : alongColumns(lines, height, filter);
+  const lines = (from: RGB): RGB => (width === from.width ? from : alongLines(from, width, filter));
+  const columns = (from: RGB): RGB => (height === from.height ? from : alongColumns(from, height, filter));
+  const lost = image.height - height;
+  return lost > 0 && lost > 2 * (image.width - width) ? lines(columns(image)) : columns(lines(image));
 }
 
 interface Weights {
