@@ -37,18 +37,19 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_is_served_under_a_policy_that_runs_nothing_else(served: Served) -> None:
-    for path in ("", *(f"page/{file.name}" for file in FILES)):
-        answer = httpx.get(served.url + path)
-        assert answer.status_code == 200, path
-        policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
-        assert policy["default-src"] == "'none'"
-        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-        assert policy["frame-ancestors"] == "'none'"
-        again = httpx.get(served.url + path, headers={"If-None-Match": answer.headers["etag"]})
-        assert (again.status_code, again.content) == (304, b"")
-        assert httpx.head(served.url + path).headers["content-length"] == str(len(answer.content))
-    for path in ("page/", "page/none.js", "page/../page.py", "page/%2e%2e/page.py", "page/..%2fpage.py"):
-        assert httpx.get(served.url + path).status_code == 404, path
+    with httpx.Client(base_url=served.url) as client:
+        for path in ("", *(f"page/{file.name}" for file in FILES)):
+            answer = client.get(path)
+            assert answer.status_code == 200, path
+            policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+            assert policy["default-src"] == "'none'"
+            assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+            assert policy["frame-ancestors"] == "'none'"
+            again = client.get(path, headers={"If-None-Match": answer.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert client.head(path).headers["content-length"] == str(len(answer.content))
+        for path in ("page/", "page/none.js", "page/../page.py", "page/%2e%2e/page.py", "page/..%2fpage.py"):
+            assert client.get(path).status_code == 404, path
 
 
 def test_the_page_needs_no_network_and_no_build_and_lets_no_text_become_markup() -> None:

@@ -176,6 +176,14 @@ def test_a_question_that_is_refused_can_be_left_out(served: Served, browser: Bro
         assert len(visit.bodies[1]["messages"]) == 1
 
 
+def test_what_cut_an_answer_off_is_told(served: Served, browser: Browser) -> None:
+    for most, told in ((3, "Cut off at the longest answer"), (300, "Cut off: the context of the model is full.")):
+        with visiting(browser, served.url, max_tokens=most) as visit:
+            visit.ask("hi")
+            assert visit.words(1)
+            expect(visit.turn(1).locator(".state")).to_contain_text(told)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

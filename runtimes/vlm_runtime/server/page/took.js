@@ -9,9 +9,10 @@ const STAGES = [
   ["decode", "decode"],
 ];
 
-/** Milliseconds as people read them: 0.4 ms, 38 ms, 1.24 s. */
+/** Milliseconds as people read them: 0 ms, 0.4 ms, 38 ms, 1.24 s. */
 export function duration(ms) {
   if (ms >= 1000) return `${(ms / 1000).toFixed(2)} s`;
+  if (ms < 0.05) return "0 ms";
   return `${ms >= 10 ? Math.round(ms) : ms.toFixed(1)} ms`;
 }
 
@@ -47,7 +48,7 @@ function figure(value, unit) {
 function bar(stages, timings) {
   const line = element("div", "bar");
   line.setAttribute("aria-hidden", "true");
-  for (const [name] of stages) {
+  for (const [name] of stages.filter(([name]) => timings[name] > 0)) {
     const part = element("i", name);
     part.style.flexGrow = String(timings[name]);
     line.append(part);
