@@ -187,10 +187,11 @@ def test_a_hostile_picture_is_a_400(server: Process, url: str, reason: str, stre
 def test_more_than_is_allowed_is_a_400(server: Process) -> None:
     small = Image.new("RGB", (2, 2))
     assert "4 images: at most 3" in why(ask(server, messages=[user("hi", *[small] * 4)]), 400)
-    assert "characters of text: at most 400000" in why(
-        ask(server, messages=[{"role": "user", "content": "a" * 400_001}]), 400
-    )
-    assert "the bundle's context is 96" in why(ask(server, messages=[{"role": "user", "content": "a " * 900}]), 400)
+    for text in ("a" * 1537, "é" * 769):
+        assert "the text has" in why(ask(server, messages=[{"role": "user", "content": text}]), 400)
+        parts = [{"type": "text", "text": text[:400]}] * 4
+        assert "context is 96 tokens" in why(ask(server, messages=[{"role": "user", "content": parts}]), 400)
+    assert "the bundle's context is 96" in why(ask(server, messages=[{"role": "user", "content": "a " * 700}]), 400)
     still_answers(server)
 
 

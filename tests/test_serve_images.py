@@ -12,11 +12,15 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
+from running import running_bundle, running_spec
+from serving import CHAT, serving
 from vlm_models.errors import ImageError, InputError
 from vlm_runtime.server import fetch
 from vlm_runtime.server.images import (
@@ -408,3 +412,24 @@ def test_a_redirect_from_https_to_http_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fetch, "_ask", elsewhere)
     policy = image_policy(["cdn.example.com"], Limits())
     assert "from https to http" in refused("https://cdn.example.com/a.png", policy)
+
+
+def test_vlm_serve_answers_about_a_picture_of_an_allowed_host(serve: Serve, tmp_path: Path) -> None:
+    url, policy, asked = serve(*[reply(encoded())] * 2)
+    (host,) = policy.hosts
+    allowed = f"{host.name}:{host.port}={host.address}"
+    bundle = running_bundle(tmp_path / "bundle", running_spec(eos_token_ids=()))
+    with serving(bundle, "--threads", 1, "--image-host", allowed) as server:
+
+        def answer(picture: str) -> httpx.Response:
+            parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
+            messages = [{"role": "user", "content": parts}]
+            return httpx.post(server.url + CHAT, json={"messages": messages, "max_tokens": 8}, timeout=60)
+
+        near, far = answer(data_url(encoded())).json(), answer(url).json()
+        assert near["choices"] == far["choices"]
+        assert near["usage"]["prompt_tokens"] == far["usage"]["prompt_tokens"]
+        other = answer(url.replace("pictures.test", "127.0.0.1"))
+        assert other.status_code == 400
+        assert "allowed are data URLs and pictures of pictures.test" in other.json()["error"]["message"]
+    assert len(asked) == 1

@@ -56,7 +56,8 @@ class Preparation:
         except ValidationError as error:
             raise invalid(error, body) from None
         images = sum(len(_pictures(message.content)) for message in asked.messages)
-        check_conversation(self._limits, images, sum(_characters(message.content) for message in asked.messages))
+        said = sum(_text_bytes(message.content) for message in asked.messages)
+        check_conversation(self._limits, images, said, self._vlm.max_context)
         return asked
 
     def _request(self, asked: ChatRequest, files: Sequence[bytes], started: float) -> Request:
@@ -110,10 +111,10 @@ def _pictures(content: Any) -> list[ImagePart]:
     return [] if isinstance(content, str) else [part for part in content if isinstance(part, ImagePart)]
 
 
-def _characters(content: Any) -> int:
+def _text_bytes(content: Any) -> int:
     if isinstance(content, str):
-        return len(content)
-    return sum(len(part.text) for part in content if not isinstance(part, ImagePart))
+        return len(content.encode())
+    return sum(len(part.text.encode()) for part in content if not isinstance(part, ImagePart))
 
 
 def _message(message: Any) -> dict[str, Any]:

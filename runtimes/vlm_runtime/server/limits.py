@@ -24,7 +24,7 @@ class Limits:
     """Bounds of one request and its connection. Raises InputError for one that is not above zero.
 
     `body_bytes` of one request's JSON, `bodies_bytes` of all requests together; `values`: how many values the JSON may
-    have (its commas); `images`, and of each `pixels` and the longer `edge`; `characters` of text in the conversation;
+    have (its commas); `images`, and of each `pixels` and the longer `edge`; `text_bytes` for each token of context;
     `tokens` of an answer; `seconds` an answer may take once it began. Connections: `header_seconds` for the head
     of a request, `body_seconds` for its body, `stall_seconds` for a reader that takes nothing, `connections` at once.
     """
@@ -35,7 +35,7 @@ class Limits:
     images: int = 16
     pixels: int = 50_000_000
     edge: int = 10_000
-    characters: int = 400_000
+    text_bytes: int = 16
     tokens: int = 4096
     seconds: float = 300.0
     header_seconds: float = 15.0
@@ -63,14 +63,15 @@ REFUSALS: Mapping[int, str] = {
 }
 
 
-def check_conversation(limits: Limits, images: int, characters: int) -> None:
-    """Raise InputError where a conversation has more pictures or text than allowed, before it costs anything."""
+def check_conversation(limits: Limits, images: int, text_bytes: int, context: int) -> None:
+    """Raise InputError for more pictures than allowed, or for text that cannot fit `context` tokens.
+
+    To find its tokens takes seconds for a megabyte, in which nobody else is answered.
+    """
     if images > limits.images:
         raise InputError(f"the conversation has {images} images: at most {limits.images} are allowed")
-    if characters > limits.characters:
-        raise InputError(
-            f"the conversation has {characters} characters of text: at most {limits.characters} are allowed"
-        )
+    if text_bytes > limits.text_bytes * context:
+        raise InputError(f"the text has {text_bytes} bytes and the bundle's context is {context} tokens: shorten it")
 
 
 async def refuse(
