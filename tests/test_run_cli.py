@@ -220,7 +220,7 @@ def test_commands_of_a_chat_work_from_a_pipe(bundle: Path, run: Run, picture: Pa
             "system message: be kind",
             "saved 1 question in",
         ),
-        *("chat.json exists", "there is no system message", "/retry", "saved 0 questions"),
+        *("chat.json exists", "in the KV cache already", "there is no system message", "/retry", "saved 0 questions"),
     ):
         assert told in err
 

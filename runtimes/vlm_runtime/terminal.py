@@ -215,7 +215,8 @@ def statistics(answer: Answer, max_context: int) -> list[str]:
     return [
         f"{' · '.join(stages)} · first token after {times['ttft']:.0f} ms",
         f"{count} token{'s' * (count != 1)}, {decode:.0f} ms after the first{rate}; ended by {answer.finish_reason}",
-        f"context: {used} of {max_context} tokens, {answer.image_tokens} of them pictures",
+        f"context: {used} of {max_context} tokens, {answer.image_tokens} of them pictures; "
+        f"{answer.cached_tokens} were in the KV cache already",
     ]
 
 
