@@ -39,7 +39,7 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# An ssh server, adb's client and a browser, from Debian's packages where they are missing.
+# An ssh server, adb's client, a browser and Node, from Debian's packages where they are missing.
 programs:
 	@sh tests/programs.sh
 

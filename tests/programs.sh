@@ -1,11 +1,12 @@
 #!/bin/sh
-# Programs that tests run for real and pip does not have: an ssh server, adb's client, a browser.
+# Programs that tests run for real and pip does not have: an ssh server, adb's client, a browser, Node.
 set -eu
 missing=""
 { command -v ssh && command -v scp; } >/dev/null || missing="$missing openssh-client"
 { command -v sshd || [ -x /usr/sbin/sshd ]; } >/dev/null || missing="$missing openssh-server"
 command -v adb >/dev/null || missing="$missing adb"
 { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing="$missing chromium fonts-dejavu-core"
+{ command -v node && command -v npm; } >/dev/null || missing="$missing nodejs npm"
 [ -n "$missing" ] || exit 0
 sudo=""
 [ "$(id -u)" = 0 ] || sudo="sudo -n"
