@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -153,6 +154,7 @@ class _Chats:
         problem = refused(error)
         if problem.status == 500 and not isinstance(error, VLMError):
             _log.error("an answer failed", exc_info=error)
+        traceback.clear_frames(error.__traceback__)  # they hold the body, in a cycle that waits for the collector
         self._metrics.ended(_OUTCOMES.get(problem.status, "failed" if problem.status >= 500 else "refused"))
         return problem
 
