@@ -17,12 +17,13 @@ from PIL import Image
 
 import second_reader
 import second_reader_text
+import vlm_export
 from bundles import HIDDEN, SPEC, VOCAB, tiny_bundle, tiny_table
 from exporting import exported
 from running import entry, running_bundle, running_spec
 from second_reader_pictures import cut, preprocess, resize
 from test_prompt import PARTS, TEXTS
-from tiled import SIZES, noise
+from tiled import SIZES, noise, tiny_tiled
 from vlm_models.errors import PromptError
 from vlm_models.spec import PreprocessSpec, TilingSpec
 from vlm_runtime.bundle import open_bundle
@@ -67,7 +68,18 @@ def replayed(bundle: Path) -> dict[str, Any]:
 
 
 def test_the_second_reader_keeps_the_golden_vectors(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    report = replayed(exported(tiny, tmp_path_factory))
+    check_replay(exported(tiny, tmp_path_factory))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_the_second_reader_keeps_the_golden_vectors_of_tiles(family: str, tmp_path: Path) -> None:
+    vlm_export.export(tiny_tiled(tmp_path / "tiled", family), ["onnx"], tmp_path / "bundle", precision="fp32")
+    check_replay(tmp_path / "bundle")
+
+
+def check_replay(bundle: Path) -> None:
+    report = replayed(bundle)
     assert {name: stage["kept"] for name, stage in report["stages"].items()} == dict.fromkeys(
         second_reader.STAGES, True
     )
