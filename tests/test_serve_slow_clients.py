@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 
@@ -265,3 +267,18 @@ def test_connections_have_a_limit(vlm: VLM) -> None:
             wait_for(lambda: len(server.server_state.connections) == 3)
             assert spoken(port) == 503
         wait_for(lambda: not server.server_state.connections)
+
+
+@pytest.mark.parametrize("content", [b'{"messages": "%b"}', b'{"messages": [{"role": "user", "content": "%b"}]}'])
+def test_a_refused_body_is_freed_without_the_collector(vlm: VLM, content: bytes) -> None:
+    body = content % (b"x" * (20 << 20))
+    with limited(vlm, Limits()) as (port, _):
+        process, sizes = psutil.Process(), list[int]()
+        gc.disable()
+        try:
+            for _ in range(12):
+                assert spoken(port, head(len(body), "Connection: close"), body) == 400
+                sizes.append(process.memory_info().rss >> 20)
+        finally:
+            gc.enable()
+    assert sizes[-1] - sizes[1] < 100, sizes
