@@ -32,8 +32,8 @@ export interface Answer {
 }
 
 /**
- * A preprocessed picture: pixel values of its tiles, its layout, a name that no other picture has, and the picture itself
- * where it would be cut differently among more or fewer of them.
+ * A preprocessed picture: pixel values of its tiles, its layout, a name that no other picture has, and the picture
+ * itself where it would be cut differently among more or fewer of them.
  */
 export interface Picture {
   tiles: Float32Array[];
@@ -82,7 +82,11 @@ export class Context {
     return common;
   }
 
-  async prefill(embeds: Float32Array, keys: readonly Key[], blocks: readonly [number, number][]): Promise<Float32Array> {
+  async prefill(
+    embeds: Float32Array,
+    keys: readonly Key[],
+    blocks: readonly [number, number][],
+  ): Promise<Float32Array> {
     const logits = await this.decoder.prefill(embeds, blocks);
     this.keys.push(...keys);
     return logits;

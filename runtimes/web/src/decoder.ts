@@ -37,8 +37,8 @@ export class Decoder {
     const rows = embeds.length / this.width;
     if (this.position + rows > this.maxContext) {
       throw new PromptError(
-        `${this.position} + ${rows} tokens do not fit the context of ${this.maxContext}: shorten the prompt or export ` +
-          "with a larger --max-context",
+        `${this.position} + ${rows} tokens do not fit the context of ${this.maxContext}: shorten the prompt or ` +
+          "export with a larger --max-context",
       );
     }
     if (blocks.length && !this.takesBlock) {

@@ -1,4 +1,4 @@
-/** RGB pictures to the pixel values that the checkpoint's own processor makes: the arithmetic of `vlm_runtime.image`. */
+/** RGB pictures to the pixel values that the checkpoint's own processor makes, by `vlm_runtime.image`'s arithmetic. */
 import { ImageError } from "./errors.js";
 import { resize } from "./resize.js";
 import type { PreprocessSpec } from "./spec.js";

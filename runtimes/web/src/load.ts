@@ -19,9 +19,9 @@ export interface Progress {
 
 /**
  * `cache` keeps the files in the browser (on by default), `verify` compares their SHA-256 (on by default, where the
- * browser offers it), `threads` are those of WebAssembly (more than one needs a cross-origin isolated page; fixed by the
- * first model that is loaded), `maxContext` lowers the bundle's own. `executionProviders` are those of ONNX Runtime, the
- * first one preferred: "wasm", or "webgpu" before it.
+ * browser offers it), `threads` are those of WebAssembly (more than one needs a cross-origin isolated page; fixed by
+ * the first model that is loaded), `maxContext` lowers the bundle's own. `executionProviders` are those of ONNX
+ * Runtime, the first one preferred: "wasm", or "webgpu" before it.
  */
 export interface LoadOptions {
   onProgress?: (progress: Progress) => void;

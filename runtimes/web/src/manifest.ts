@@ -132,17 +132,21 @@ function* problems(manifest: Manifest): Generator<string> {
     if (!Number.isSafeInteger(value) || value < 1) yield `${name} is ${String(value)}; it must be positive`;
   }
   if (table.rows !== vocab_size || table.columns !== hidden_size) {
-    yield `the embedding table is ${table.rows} × ${table.columns}, the language model needs ${vocab_size} × ${hidden_size}`;
+    const needed = `${vocab_size} × ${hidden_size}`;
+    yield `the embedding table is ${table.rows} × ${table.columns}, the language model needs ${needed}`;
   }
   if (!Object.hasOwn(ITEM_BYTES, table.dtype)) {
     yield `the embedding table is of ${String(table.dtype)}; this runtime reads ${Object.keys(ITEM_BYTES).join(", ")}`;
   }
   const size = table.rows * table.columns * ITEM_BYTES[table.dtype];
-  if (manifest.files[table.file].bytes !== size) {
-    yield `${table.file} has ${manifest.files[table.file].bytes} bytes, its ${table.rows} rows of ${table.dtype} are ${size}`;
+  const { bytes } = manifest.files[table.file];
+  if (bytes !== size) yield `${table.file} has ${bytes} bytes, its ${table.rows} rows of ${table.dtype} are ${size}`;
+  if ((table.dtype === "I8") !== Boolean(table.scales)) {
+    yield `the embedding table of ${table.dtype} and its scales do not agree`;
   }
-  if ((table.dtype === "I8") !== Boolean(table.scales)) yield `the embedding table of ${table.dtype} and its scales do not agree`;
-  if (table.scales && manifest.files[table.scales].bytes !== 4 * table.rows) yield `${table.scales} does not hold ${table.rows} scales`;
+  if (table.scales && manifest.files[table.scales].bytes !== 4 * table.rows) {
+    yield `${table.scales} does not hold ${table.rows} scales`;
+  }
   if (manifest.image_newline && manifest.files[manifest.image_newline].bytes !== 4 * hidden_size) {
     yield `image_newline does not hold ${hidden_size} numbers`;
   }

@@ -1,6 +1,7 @@
 /** A bundle ready to answer: `generate("What is this?", { images: [picture] })` yields text. */
 import type { InferenceSession } from "onnxruntime-web";
-import { Context, speak, type Answer, type Picture, type Request, type Settings, type Speaker, type Timings } from "./answer.js";
+import { Context, speak, type Speaker } from "./answer.js";
+import type { Answer, Picture, Request, Settings, Timings } from "./answer.js";
 import { Chat } from "./chat.js";
 import { Decoder } from "./decoder.js";
 import type { EmbeddingTable } from "./embedding.js";
@@ -165,7 +166,11 @@ export class VLM {
   }
 
   /** Logits (V,) after the rows (S, H) of a prompt, and `count` greedy tokens, whatever they are. */
-  greedy(ids: readonly number[], embeds: Float32Array, count: number): Promise<{ logits: Float32Array; greedy: number[] }> {
+  greedy(
+    ids: readonly number[],
+    embeds: Float32Array,
+    count: number,
+  ): Promise<{ logits: Float32Array; greedy: number[] }> {
     return this.alone(async () => {
       const decoder = this.decoder;
       const logits = await decoder.prefill(embeds, blocksOf(ids, this.spec));

@@ -16,7 +16,7 @@ export interface Sampling {
   seed?: number;
 }
 
-/** Picks tokens one after another; holds the random numbers of one answer. Throws InputError for a value out of range. */
+/** Picks tokens one after another; holds the random numbers of one answer. InputError: a value out of range. */
 export class Sampler {
   private readonly sampling: Required<Omit<Sampling, "seed">>;
   private readonly random: () => number;

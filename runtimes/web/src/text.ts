@@ -5,8 +5,8 @@ const LIMIT = 32; // tokens decoded again at most; a character has four bytes, s
 const UNFINISHED = "\ufffd";
 
 /**
- * Turns ids into pieces of text whose concatenation is the text of all ids, up to the first stop string. Only the ids of
- * the last piece and those after it are decoded again: how a token reads depends on its neighbours alone.
+ * Turns ids into pieces of text whose concatenation is the text of all ids, up to the first stop string. Only the ids
+ * of the last piece and those after it are decoded again: how a token reads depends on its neighbours alone.
  */
 export class TextStream {
   stopped = false;

@@ -76,7 +76,8 @@ export function promptIds(
   rest.forEach((piece, i) => {
     const said = encode(piece);
     const led = lead.every((id, at) => said[at] === id);
-    ids.push(...new Array<number>(rowsOf(layouts[i])).fill(prompt.image_token_id), ...said.slice(led ? lead.length : 0));
+    const rows = new Array<number>(rowsOf(layouts[i])).fill(prompt.image_token_id);
+    ids.push(...rows, ...said.slice(led ? lead.length : 0));
   });
   return ids;
 }

@@ -7,7 +7,7 @@ import { folderReader } from "../dist/node.js";
 import { casesOf, heard, picture } from "./cases.js";
 import { readPng } from "./png.js";
 
-const { folder, pictures, asked, turns } = casesOf("answers");
+const { folder, pictures, asked, turns, exact } = casesOf("answers");
 const images = pictures.map(picture);
 let model;
 
@@ -32,9 +32,12 @@ test("the golden vectors come out within the manifest's tolerance", async () => 
   if (equal === reference.length) assert.equal(same, -1, `${greedy} are not ${reference}`);
 });
 
-for (const { prompt, images: count, settings, system, text, tokenIds, promptTokens, finishReason } of asked) {
+// Integer products round x otherwise in WebAssembly, and a random model has near ties at every step: there the
+// golden vectors' tolerance is what holds, and answers are compared with one another.
+for (const { prompt, images: count, settings, system, text, tokenIds, promptTokens, finishReason } of exact ? asked : []) {
   test(`"${prompt}" ${JSON.stringify(settings)} about ${count} pictures is answered as in Python`, async () => {
-    const { said, answer } = await heard(model.generate(prompt, { images: images.slice(0, count), system, ...settings }));
+    const question = { images: images.slice(0, count), system, ...settings };
+    const { said, answer } = await heard(model.generate(prompt, question));
     assert.deepEqual(answer.tokenIds, tokenIds);
     assert.equal(answer.text, text);
     assert.equal(said.join(""), text);
@@ -46,30 +49,33 @@ for (const { prompt, images: count, settings, system, text, tokenIds, promptToke
 test("a conversation is answered as in Python, and its beginning stays in the KV cache", async () => {
   const chat = model.chat();
   let given = 0;
+  const first = [];
   for (const [n, { prompt, images: count, text, tokenIds }] of turns.entries()) {
     const { answer } = await heard(chat.ask(prompt, { images: images.slice(given, given + count), maxNewTokens: 8 }));
     given += count;
-    assert.deepEqual(answer.tokenIds, tokenIds, prompt);
-    assert.equal(answer.text, text);
+    if (exact) assert.deepEqual([answer.tokenIds, answer.text], [tokenIds, text], prompt);
+    if (n === 0) first.push(...answer.tokenIds);
     if (n === 1) assert.ok(answer.reusedTokens > model.spec.prompt.image_tokens, String(answer.reusedTokens));
   }
   chat.reset();
   const { answer } = await heard(chat.ask(turns[0].prompt, { images: images.slice(0, 1), maxNewTokens: 8 }));
-  assert.deepEqual(answer.tokenIds, turns[0].tokenIds);
+  assert.deepEqual(answer.tokenIds, first);
 });
 
 test("an answer that is left in the middle disturbs no later one", async () => {
-  const { prompt, settings, tokenIds } = asked[0];
-  const pieces = model.generate(prompt, { images: images.slice(0, 1), ...settings });
+  const question = { images: images.slice(0, 1), ...asked[0].settings };
+  const { tokenIds } = await model.answer(asked[0].prompt, question);
+  const pieces = model.generate(asked[0].prompt, question);
   await pieces.next();
   await pieces.return();
-  const answer = await model.answer(prompt, { images: images.slice(0, 1), ...settings });
+  const answer = await model.answer(asked[0].prompt, question);
   assert.deepEqual(answer.tokenIds, tokenIds);
 });
 
 test("two answers at once: the later one is right, the earlier one says what happened", async () => {
-  const { prompt, settings, tokenIds } = asked[0];
+  const { prompt, settings } = asked[0];
   const question = { images: images.slice(0, 1), ...settings };
+  const { tokenIds } = await model.answer(prompt, question);
   const earlier = model.generate(prompt, question);
   await earlier.next();
   const later = await model.answer(prompt, question);
@@ -82,7 +88,8 @@ test("what cannot be answered is refused before any work", async () => {
   await assert.rejects(model.answer("<image><image>", { images: [image] }), PromptError);
   await assert.rejects(model.answer("word ".repeat(5000)), /the bundle's context is/);
   await assert.rejects(model.answer("What?", { maxNewTokens: 0 }), /maxNewTokens is 0: it must be 1 or more/);
-  await assert.rejects(model.answer("What?", { images: [{ width: 3, height: 1, data: new Uint8Array(5) }] }), ImageError);
+  const short = { width: 3, height: 1, data: new Uint8Array(5) };
+  await assert.rejects(model.answer("What?", { images: [short] }), ImageError);
   await assert.rejects(model.answer("What?", { raw: true, system: "Be brief." }), PromptError);
   await assert.rejects(model.answer("What?", { temperature: -1 }), InputError);
 });

@@ -60,11 +60,14 @@ const page = { type: "text/html; charset=utf-8", body: "<!doctype html><title>No
 const json = (changes) => ({ body: JSON.stringify({ ...manifest, ...changes }) });
 const table = "embedding.bin";
 const TROUBLES = {
-  "a page in place of the manifest": [{ "manifest.json": page }, /is a web page.*give the address of the bundle's folder/],
+  "a page in place of the manifest": [{ "manifest.json": page }, /is a web page.*address of the bundle's folder/],
   "a page without a type": [{ "manifest.json": { body: page.body } }, /is a web page, not a manifest/],
   "a page in place of a file": [{ [table]: page }, /embedding.bin is a web page/],
   "no manifest": [{ "manifest.json": { status: 404 } }, /manifest.json answered 404/],
-  "a manifest that is cut off": [{ "manifest.json": { body: original("manifest.json").subarray(0, 99) } }, /not valid JSON/],
+  "a manifest that is cut off": [
+    { "manifest.json": { body: original("manifest.json").subarray(0, 99) } },
+    /not valid JSON/,
+  ],
   "another JSON file": [{ "manifest.json": { body: "{}" } }, /is not a vlm-export manifest/],
   "a list": [{ "manifest.json": { body: "[]" } }, /is not a vlm-export manifest/],
   "a later version": [{ "manifest.json": json({ version: 2 }) }, /version 2, this runtime reads version 1/],
@@ -120,7 +123,7 @@ for (const [name, [wrong, message]] of Object.entries(TROUBLES)) {
 }
 
 test("a server that is not there is named", async () => {
-  await assert.rejects(load("http://127.0.0.1:9/bundle"), /http:\/\/127.0.0.1:9\/bundle\/manifest.json cannot be fetched/);
+  await assert.rejects(load("http://127.0.0.1:9/bundle"), /:9\/bundle\/manifest.json cannot be fetched/);
 });
 
 test("options out of range say what is allowed", async () => {

@@ -29,7 +29,8 @@ test("without a seed answers differ", () => {
 });
 
 test("a value out of range says what is allowed", () => {
-  for (const wrong of [{ temperature: -1 }, { topK: 1.5 }, { topP: 0 }, { minP: 2 }, { repetitionPenalty: 0 }, { seed: -1 }]) {
+  const cases = [{ temperature: -1 }, { topK: 1.5 }, { topP: 0 }, { minP: 2 }, { repetitionPenalty: 0 }, { seed: -1 }];
+  for (const wrong of cases) {
     const [[name, value]] = Object.entries(wrong);
     assert.throws(
       () => new Sampler(wrong),
