@@ -24,8 +24,8 @@ def _build() -> None:
     if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
         _run("npm", "ci")
     made = WEB / "node_modules" / ".dist-made"  # others may be reading dist/: it is written only where it must be
-    sources = [lock, WEB / "tsconfig.json", *(WEB / "src").rglob("*.ts")]
-    if not ((WEB / "dist").is_dir() and made.is_file()) or made.stat().st_mtime < max(file.stat().st_mtime for file in sources):
+    newest = max(file.stat().st_mtime for file in [lock, WEB / "tsconfig.json", *(WEB / "src").rglob("*.ts")])
+    if not ((WEB / "dist").is_dir() and made.is_file()) or made.stat().st_mtime < newest:
         _run("npm", "run", "--silent", "build")
         made.touch()
 
