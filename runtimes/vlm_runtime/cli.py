@@ -12,6 +12,18 @@ import typer
 
 from vlm_models import command
 from vlm_models.errors import InputError
+from vlm_runtime.flags import (
+    PANEL,
+    Device,
+    Engine,
+    FlashAttention,
+    KVCacheType,
+    MaxContext,
+    Threads,
+    Verify,
+    known_device,
+    known_kv_cache,
+)
 
 if TYPE_CHECKING:
     from vlm_runtime.answer import Settings
@@ -19,7 +31,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 _SAMPLING = "How the answer is chosen"
-_RUNNING = "How it runs"
 
 
 @app.command(epilog="Exit codes: 0 done, 2 bad input, 3 an engine or a device is missing.")
@@ -70,53 +81,19 @@ def ask(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Same seed, same answer.", rich_help_panel=_SAMPLING)
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One for all parts (onnx), or one each (vision=onnx,language=gguf); else what the bundle holds.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.", rich_help_panel=_RUNNING)] = "cpu",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="CPU threads; one per core if not given.", rich_help_panel=_RUNNING),
-    ] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Fewer tokens of context than the bundle has: less memory.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Keys and values as f32, f16 or q8_0 (engine gguf); else what fits the weights.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    flash_attention: Annotated[
-        bool | None,
-        typer.Option(
-            "--flash-attention/--no-flash-attention",
-            help="Fused attention or not (engine gguf); else where the KV cache is not f32.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file.", rich_help_panel=_RUNNING)
-    ] = True,
+    engine: Engine = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    max_context: MaxContext = None,
+    kv_cache: KVCacheType = None,
+    flash_attention: FlashAttention = None,
+    verify: Verify = True,
     explain: Annotated[
         bool,
         typer.Option(
             "--explain",
             help="Print the operations and weights of the bundle's Core ML packages (engine mil), and end.",
-            rich_help_panel=_RUNNING,
+            rich_help_panel=PANEL,
         ),
     ] = False,
 ) -> None:
@@ -135,8 +112,7 @@ def ask(
         raise InputError('--json needs a prompt: vlm-run BUNDLE --image a.png "What is this?" --json')
     if raw and prompt is None:
         raise InputError("--raw needs a prompt, with the model's image token once for each image")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {device!r}: choose one of cpu, cuda")
+    where, cache = known_device(device), known_kv_cache(kv_cache)
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
         "stop": stop or (),
@@ -157,8 +133,8 @@ def ask(
         engine=engine,
         threads=threads,
         max_context=max_context,
-        device=device,  # type: ignore[arg-type]
-        kv_cache=kv_cache,  # type: ignore[arg-type]
+        device=where,
+        kv_cache=cache,
         flash_attention=flash_attention,
         verify=verify,
     )

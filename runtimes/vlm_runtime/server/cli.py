@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
 from vlm_models import command
-from vlm_models.errors import DependencyError, InputError
-
-if TYPE_CHECKING:
-    from vlm_runtime.engine import KVCache
+from vlm_models.errors import DependencyError
+from vlm_runtime.flags import (
+    Device,
+    Engine,
+    FlashAttention,
+    KVCacheType,
+    MaxContext,
+    Threads,
+    Verify,
+    known_device,
+    known_kv_cache,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 _ACCESS = "Who may ask"
 _LIMITS = "Limits of one request"
-_RUNNING = "How it runs"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -67,30 +74,13 @@ def serve(
     max_seconds: Annotated[
         float, typer.Option(min=0.001, metavar="S", help="Its answer may take.", rich_help_panel=_LIMITS)
     ] = 300.0,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One for all parts (onnx), or one each (vision=onnx,language=gguf); else what the bundle holds.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.", rich_help_panel=_RUNNING)] = "cpu",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="CPU threads; one per core if not given.", rich_help_panel=_RUNNING),
-    ] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Fewer tokens of context than the bundle has.", rich_help_panel=_RUNNING),
-    ] = None,
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(metavar="TYPE", help="Keys and values as f32, f16 or q8_0 (gguf).", rich_help_panel=_RUNNING),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of every file.", rich_help_panel=_RUNNING)
-    ] = True,
+    engine: Engine = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    max_context: MaxContext = None,
+    kv_cache: KVCacheType = None,
+    flash_attention: FlashAttention = None,
+    verify: Verify = True,
 ) -> None:
     """Serve an exported model: OpenAI's chat API for programs, a chat page for people.
 
@@ -99,8 +89,7 @@ def serve(
     for name in _NEEDED:
         if importlib.util.find_spec(name) is None:
             raise DependencyError(f"vlm-serve needs {name}: pip install 'vlm-export[serve]'")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {device!r}: choose one of cpu, cuda")
+    where, cache = known_device(device), known_kv_cache(kv_cache)
     from vlm_runtime.server.auth import is_loopback
     from vlm_runtime.server.limits import Limits
     from vlm_runtime.server.listen import listen, run
@@ -129,8 +118,9 @@ def serve(
             engine=engine,
             threads=threads,
             max_context=max_context,
-            device=cast(Literal["cpu", "cuda"], device),
-            kv_cache=cast("KVCache | None", kv_cache),
+            device=where,
+            kv_cache=cache,
+            flash_attention=flash_attention,
             conversations=conversations,
             verify=verify,
         )
