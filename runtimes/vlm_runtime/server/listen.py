@@ -46,9 +46,9 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 def run(vlm: VLM, options: ServerOptions, listening: socket.socket, *, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C; the answer that runs then has `grace` seconds, who waits gets 503."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     ready = f"{vlm.spec.name}: {_address(listening)} ({_engines(vlm)}); Ctrl-C ends"
     server = make_server(vlm, options, grace=grace, ready=lambda: typer.echo(ready))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     server.run(sockets=[listening])
 
