@@ -283,4 +283,4 @@ def test_a_refused_body_is_freed_without_the_collector(vlm: VLM, content: bytes)
                 sizes.append(process.memory_info().rss >> 20)
         finally:
             gc.enable()
-    assert sizes[-1] - sizes[1] < 100, sizes
+    assert sizes[-1] - sizes[5] < 100, sizes  # six bodies of 20 MB, once the allocator has what it wants
